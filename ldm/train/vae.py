@@ -1,0 +1,42 @@
+"""Train the default model's VAE: 8 epochs over the training pictures, half an hour on two cores.
+
+    python -m ldm.train vae --data emoji64_rgba.npz --out runs/vae
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ldm.train import data
+from ldm.train.loop import batch_indices, step_generator, train
+from ldm.vae import VAE, VAEConfig
+
+CONFIG = VAEConfig(channels=(32, 64, 128), layers=1, groups=8, scaling_factor=1.0)  # the factor is measured afterwards
+
+
+def train_vae(file: Path, folder: Path, *, steps: int = 2000, batch: int = 32, lr: float = 2e-3, seed: int = 0) -> VAE:
+    """L1 + 2 MSE + 1e-4 KL per latent value. A third of the pictures stands on a coloured ground, the rest on white."""
+    rgba, meta = data.load(file)
+    rgba = rgba[[m["split"] == "train" for m in meta]]
+    colours = list(data.BACKGROUNDS.values())
+    torch.manual_seed(seed)
+    vae = VAE(CONFIG).to(memory_format=torch.channels_last)
+
+    def loss_of(step: int) -> torch.Tensor:
+        generator = step_generator(seed, step)
+        rows = rgba[batch_indices(len(rgba), batch, seed, step).numpy()]
+        third = batch // 3
+        colour = colours[int(torch.randint(len(colours), (), generator=generator))]
+        pixels = np.concatenate([data.composite(rows[:third], colour), data.composite(rows[third:])])
+        image = data.to_tensor(pixels).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, std = vae.encode(image)
+            mean, std = mean.float(), std.float()
+            z = mean + std * torch.randn(mean.shape, generator=generator)
+            out = vae.decode(z).float()
+        kl = 0.5 * (mean**2 + std**2 - 1).mean() - std.log().mean()
+        return F.l1_loss(out, image) + 2 * F.mse_loss(out, image) + 1e-4 * kl
+
+    return train(vae, loss_of, folder, steps=steps, lr=lr)

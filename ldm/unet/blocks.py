@@ -1,0 +1,62 @@
+"""The UNet's convolutional blocks. (The VAE has twins of them with other eps, other padding and no time.)"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """[cos(t w_i), sin(t w_i)] with w_i = 10000^(-i / half), float32 (Vaswani et al. 2017; cos first, as CompVis has it).
+
+    t (B,), fractions allowed -> (B,width)
+    """
+    half = width // 2
+    w = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t.float()[:, None] * w
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, inp: int, out: int, time: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inp, eps=1e-5)
+        self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time, out)
+        self.norm2 = nn.GroupNorm(groups, out, eps=1e-5)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B,out,h,w)
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # (B,C,ceil(h/2),ceil(w/2))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """`size` is that of the skip connection to come: twice x, less one where the way down rounded up."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B,C,*size)

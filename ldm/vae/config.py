@@ -1,0 +1,22 @@
+"""What tells one official VAE from another."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """`scaling_factor` brings the latents to about unit variance: the UNet works on scaling_factor * z."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers: int = 2
+    latent_channels: int = 4
+    scaling_factor: float = 0.18215
+    groups: int = 32
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of one latent."""
+        return 2 ** (len(self.channels) - 1)
+
+
+SD1 = VAEConfig()
