@@ -1,0 +1,7 @@
+"""Stable Diffusion from scratch: `ldm.Pipeline.from_pretrained()("a red heart").images[0]`."""
+
+from ldm.pipeline import Output, Pipeline
+from ldm.samplers import SAMPLERS
+from ldm.settings import Settings
+
+__all__ = ["SAMPLERS", "Output", "Pipeline", "Settings"]

@@ -27,6 +27,6 @@ def composite(rgba: np.ndarray, background: tuple[int, int, int] = (255, 255, 25
     return ((rgba[..., :3].astype(np.uint16) * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def to_tensor(rgb: np.ndarray) -> Tensor:
+def to_tensor(rgb: np.ndarray | list[np.ndarray]) -> Tensor:
     """(n,h,w,3) uint8 -> (n,3,h,w) float32 in [-1,1], contiguous."""
-    return (torch.from_numpy(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+    return (torch.from_numpy(np.asarray(rgb)).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()

@@ -1,11 +1,10 @@
-"""The training loop that the default model's nets share: AdamW, warm-up and cosine decay, EMA, resumable at any moment.
+"""The training loop that the default model's nets share: AdamW, warm-up and linear decay, EMA, resumable at any moment.
 
 Every random number of step k is drawn from a generator seeded by (seed, k), so that the step number is the whole state
 of the data and the noise: a run that was stopped and resumed is the run that was not stopped.
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -29,16 +28,18 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    """Up for `warmup` steps, level, then straight down to 0 in the last quarter.
+
+    The level part does not depend on `steps`: a run may be made longer or shorter until its last quarter begins.
+    """
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (0.25 * steps))
 
 
 def save_state(path: Path, state: dict) -> None:
     """All or nothing: written beside `path`, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as f:
+    with temporary.open("wb") as f:
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())
@@ -100,8 +101,10 @@ def train(
             now = time.monotonic()
             seconds, last = seconds + now - last, now
             if len(losses) == 20:
-                row = dict(step=step + 1, loss=sum(losses) / 20, lr=optimizer.param_groups[0]["lr"], seconds=round(seconds))
-                with open(folder / "log.jsonl", "a") as f:
+                row = dict(
+                    step=step + 1, loss=sum(losses) / 20, lr=optimizer.param_groups[0]["lr"], seconds=round(seconds)
+                )
+                with (folder / "log.jsonl").open("a") as f:
                     f.write(json.dumps(row) + "\n")
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
                 losses.clear()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """[cos(t w_i), sin(t w_i)] with w_i = 10000^(-i / half), float32 (Vaswani et al. 2017; cos first, as CompVis has it).
+    """[cos(t w_i), sin(t w_i)], w_i = 10000^(-i / half), float32 (Vaswani et al. 2017; cos first, as CompVis has it).
 
     t (B,), fractions allowed -> (B,width)
     """

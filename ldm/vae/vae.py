@@ -77,5 +77,5 @@ class VAE(nn.Module):
         return Gaussian(mean, (0.5 * logvar.clamp(-30.0, 20.0)).exp())
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B,4,h,w), not scaled (divide the sampler's latents by `config.scaling_factor`) -> (B,3,fh,fw), about [-1,1]."""
+        """z (B,4,h,w), not scaled: the sampler's latents / `config.scaling_factor` -> (B,3,fh,fw), about [-1,1]."""
         return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,104 @@
+"""The command line: `ldm "a red heart" -o heart.png` is short for `ldm generate "a red heart" -o heart.png`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ldm.image import save_png
+from ldm.parameters import parameters
+from ldm.pipeline import Pipeline
+from ldm.samplers import SAMPLERS, SPACINGS
+from ldm.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def free_name(file: Path) -> Path:
+    """`file` itself if it is free, else heart-2.png, heart-3.png, ...: nobody's picture is written over."""
+    names = [file, *(file.with_stem(f"{file.stem}-{i}") for i in range(2, 10_000))]
+    return next(name for name in names if not name.exists())
+
+
+def generate(a: argparse.Namespace) -> None:
+    """Make pictures from a prompt, and perhaps from a picture."""
+    if a.output.suffix.lower() != ".png":
+        raise ValueError(f"output {a.output}: give a name that ends in .png")
+    if not a.output.resolve().parent.is_dir():
+        raise ValueError(f"output {a.output}: the folder {a.output.resolve().parent} does not exist, make it first")
+    settings = Settings(
+        a.prompt,
+        negative_prompt=a.negative_prompt,
+        steps=a.steps,
+        guidance_scale=a.guidance_scale,
+        sampler=a.sampler,
+        sigmas=a.sigmas,
+        seed=a.seed,
+        batch_size=a.n,
+        width=a.width,
+        height=a.height,
+        clip_skip=a.clip_skip,
+        image=None if a.image is None else Image.open(a.image),
+        strength=a.strength,
+        mask=None if a.mask is None else Image.open(a.mask),
+        eta=a.eta,
+    )
+    pipe = Pipeline.from_pretrained(
+        a.model, vae=a.vae, dtype=DTYPES[a.dtype], device=a.device, prediction_type=a.prediction_type
+    )
+    out = pipe.run(settings, progress=not a.quiet)
+    for i, image in enumerate(out.images):
+        file = free_name(a.output)
+        save_png(image, file, parameters(settings, i, image.size, pipe.name))
+        print(file)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="ldm", description=__doc__)
+    verbs = top.add_subparsers(dest="verb", required=True)
+    p = verbs.add_parser("generate", description=generate.__doc__, help=generate.__doc__)
+    p.set_defaults(function=generate)
+    p.add_argument("prompt", help="what to draw")
+    p.add_argument(
+        "-o", "--output", type=Path, default=Path("out.png"), help="PNG file; a number is added if it exists"
+    )
+    p.add_argument("-n", type=int, default=1, metavar="COUNT", help="pictures, with seeds SEED, SEED+1, ...")
+    p.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
+    p.add_argument("--steps", type=int, default=20, help="evaluations of the net, 1 to 1000 (default 20)")
+    p.add_argument("--guidance-scale", type=float, default=7.5, metavar="S", help="1 is no guidance (default 7.5)")
+    p.add_argument("--sampler", default="euler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default euler)")
+    p.add_argument("--sigmas", choices=SPACINGS, help="how the steps are spaced (default: as the sampler's reference)")
+    p.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="default 0")
+    p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
+    p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
+    p.add_argument("--clip-skip", type=int, default=1, metavar="N", help="1 is the last layer, no cut (default 1)")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
+    p.add_argument("--strength", type=float, default=0.75, help="0 keeps the image, 1 replaces it (default 0.75)")
+    p.add_argument("--mask", type=Path, metavar="FILE", help="white where the image is to be repainted")
+    p.add_argument("--model", type=Path, metavar="PATH", help="a .safetensors file or a folder (default: emoji-64)")
+    p.add_argument("--vae", type=Path, metavar="PATH", help="a VAE that replaces the model's own")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the nets (default float32)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="where the model does not say")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in ("generate", "-h", "--help"):
+        argv = ["generate", *argv]
+    a = parser().parse_args(argv)
+    try:
+        a.function(a)
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"ldm: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ldm: stopped, nothing more was written")
+
+
+if __name__ == "__main__":
+    main()

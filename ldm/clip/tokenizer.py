@@ -1,0 +1,95 @@
+"""CLIP's tokenizer: lower-cased byte-level BPE (Radford et al. 2021, section 2.4).
+
+A text is cleaned, split into pieces (contractions, runs of letters, single digits, runs of other signs), every piece is
+written as its UTF-8 bytes, one printable character per byte, the last with the suffix </w>, and its neighbours are
+merged in the order of the merge list.
+"""
+
+import gzip
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex
+from tokenizers.decoders import ByteLevel as FromBytes
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from torch import Tensor
+
+from ldm.clip.cleanup import clean
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+OFFICIAL = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
+# OpenAI's pattern ignores case. In lower-cased text that still lets the long s stand for s, and drops U+0345, a mark
+# whose capital is a letter.
+PIECE = Regex(r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+")
+
+
+def byte_alphabet() -> list[str]:
+    """The characters that stand for bytes, in the order of the official ids: printable Latin-1 first, as itself."""
+    printable = [chr(b) for b in range(256) if 0x21 <= b <= 0x7E or (0xA1 <= b <= 0xFF and b != 0xAD)]
+    return printable + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def pairs(lines: Iterable[str]) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in map(str.split, lines)]
+
+
+class Tokenizer:
+    """Text to ids, and to the (B,length) int64 tensor that the text encoder reads.
+
+    `length` tokens per prompt; `begin`, `end`, `pad` are ids. Raises ValueError for a special token that `vocab` lacks.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77, pad_token: str = END):
+        for token in (BEGIN, END, pad_token):
+            if token not in vocab:
+                raise ValueError(f"the vocabulary ({len(vocab)} tokens) has no {token!r}; name a token that it has")
+        self.vocab = vocab
+        self.length = length
+        self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
+        self.split = Sequence(
+            [Split(PIECE, "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        self.bpe = BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END)
+
+    @classmethod
+    def official(cls, pad_token: str = END) -> "Tokenizer":
+        """CLIP's own 49,408 tokens. SD 1 and SDXL's first encoder pad with END, SD 2 and SDXL's second with "!" (0)."""
+        with gzip.open(OFFICIAL, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        merges = pairs(lines[1 : 49408 - 2 - 512 + 1])
+        alphabet = byte_alphabet()
+        tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges] + [BEGIN, END]
+        return cls({token: i for i, token in enumerate(tokens)}, merges, pad_token=pad_token)
+
+    @classmethod
+    def from_files(cls, vocab: Path, merges: Path, length: int = 77, pad_token: str = END) -> "Tokenizer":
+        """A diffusers folder's tokenizer/vocab.json and tokenizer/merges.txt."""
+        lines = Path(merges).read_text(encoding="utf-8").split("\n")
+        merge_list = pairs(line for line in lines if line and not line.startswith("#version"))
+        return cls(json.loads(Path(vocab).read_text(encoding="utf-8")), merge_list, length, pad_token)
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, without begin, end and padding."""
+        ids = []
+        for piece, _ in self.split.pre_tokenize_str(clean(text)):
+            ids += [self.vocab[piece]] if piece in (BEGIN, END) else [token.id for token in self.bpe.tokenize(piece)]
+        return ids
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        """(B,length) int64: begin, ids, end, padding. Warns with the text that did not fit."""
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids, cut = (ids := self.ids(text))[: self.length - 2], ids[self.length - 2 :]
+            if cut:
+                names = {i: token for token, i in self.vocab.items()}
+                lost = FromBytes().decode([names[i] for i in cut]).replace("</w>", " ").strip()
+                warnings.warn(
+                    f"the prompt has {len(ids) + len(cut)} tokens, {len(ids)} fit; cut: {lost!r}", stacklevel=2
+                )
+            row = [self.begin, *ids, self.end]
+            rows.append(row + [self.pad] * (self.length - len(row)))
+        return torch.tensor(rows)

@@ -1,0 +1,35 @@
+"""The text chunk "parameters" of a PNG: the settings of a picture as webui writes them, for its many readers."""
+
+import json
+
+from ldm.settings import Settings
+
+
+def quote(value: object) -> str:
+    """webui's rule: a value that holds a separator is written as a JSON string."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+
+
+def parameters(settings: Settings, index: int, size: tuple[int, int], model: str) -> str:
+    """What picture `index` of a call was made from. size: (width, height) in pixels."""
+    s = settings
+    fields: dict[str, object] = {
+        "Steps": s.steps if s.sigmas is None or isinstance(s.sigmas, str) else len(s.sigmas) - 1,
+        "Sampler": s.sampler_name,
+        "CFG scale": s.guidance_scale,
+        "Seed": s.seeds[index],
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
+    }
+    if isinstance(s.sigmas, str):
+        fields["Schedule type"] = s.sigmas
+    if s.clip_skip != 1:
+        fields["Clip skip"] = s.clip_skip
+    if s.eta:
+        fields["Eta"] = s.eta
+    if s.image is not None or s.latents is not None:
+        fields["Denoising strength"] = s.strength
+    negative = s.negative_texts[index]
+    lines = [s.texts[index], *([f"Negative prompt: {negative}"] if negative else [])]
+    return "\n".join([*lines, ", ".join(f"{key}: {quote(value)}" for key, value in fields.items())])

@@ -1,0 +1,121 @@
+"""The noise schedule, as data.
+
+A training timestep t = 0..999 has a signal share a_t (alphas_cumprod). The samplers work in Karras' scale,
+x = x0 + sigma * eps with sigma_t = sqrt((1 - a_t) / a_t): Karras et al. 2022, table 1, "VP".
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leading(steps: int, offset: int = 1) -> Tensor:
+    """t = k * (1000 // steps) + offset, as CompVis' DDIM. All 1000 steps leave no room for the offset."""
+    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (1000 // steps) + (offset if steps < 1000 else 0)
+
+
+def trailing(steps: int) -> Tensor:
+    """t = round(1000 - k * 1000 / steps) - 1: ends on whole strides, starts at 999 (Lin et al. 2023, table 2)."""
+    return (1000 - torch.arange(steps, dtype=torch.float64) * 1000 / steps).round() - 1
+
+
+def linspace(steps: int) -> Tensor:
+    """From 999 to 0 in equal parts, fractions kept, as k-diffusion's get_sigmas."""
+    return torch.linspace(999, 0, steps, dtype=torch.float64)
+
+
+TIMESTEPS: dict[str, Callable[..., Tensor]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
+SPACINGS = (*TIMESTEPS, "karras")
+
+
+class Schedule:
+    """`alphas_cumprod` (1000,) float64 and what follows from it.
+
+    `spacing` is the one that the model's own configuration asks for, None if it leaves that to the sampler.
+    `steps_offset` and `set_alpha_to_one` are diffusers' names for "leading" + 1 and for a last sigma of 0 in DDIM.
+    """
+
+    def __init__(
+        self,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        spacing: str | None = None,
+        steps_offset: int = 1,
+        set_alpha_to_one: bool = False,
+    ):
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, 1000, dtype=torch.float64) ** 2
+        self.alphas_cumprod = (1 - betas).cumprod(0)
+        self.spacing = spacing
+        self.steps_offset = steps_offset
+        self.set_alpha_to_one = set_alpha_to_one
+        self._sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """From a diffusers scheduler_config.json; ValueError for a schedule that is none of Stable Diffusion's."""
+        kind, count = config.get("beta_schedule", "scaled_linear"), config.get("num_train_timesteps", 1000)
+        if kind != "scaled_linear" or count != 1000 or config.get("trained_betas") is not None:
+            raise ValueError(
+                f"scheduler_config.json has beta_schedule={kind!r}, num_train_timesteps={count} and"
+                f" {'own' if config.get('trained_betas') is not None else 'no'} trained_betas;"
+                " only 'scaled_linear' with 1000 steps and no trained_betas is known, as in Stable Diffusion"
+            )
+        return cls(
+            config.get("beta_start", 0.00085),
+            config.get("beta_end", 0.012),
+            config.get("timestep_spacing"),
+            config.get("steps_offset", 1),
+            config.get("set_alpha_to_one", False),
+        )
+
+    @property
+    def sigma_min(self) -> float:
+        return self._sigmas[0].item()
+
+    @property
+    def sigma_max(self) -> float:
+        return self._sigmas[-1].item()
+
+    def sigma(self, t: Tensor, log: bool = False) -> Tensor:
+        """sigma of timesteps 0..999; between two of them linear in sigma (diffusers) or in log sigma (k-diffusion)."""
+        table = self._sigmas.log() if log else self._sigmas
+        low = t.floor().long().clamp(0, 998)
+        value = torch.lerp(table[low], table[low + 1], (t - low).to(table.dtype))
+        return value.exp() if log else value
+
+    def t(self, sigma: Tensor | float) -> Tensor:
+        """The timestep, with fraction, at which the table has this sigma: linear in log sigma, held at both ends."""
+        table = self._sigmas.log()
+        value = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").log()
+        low = (torch.searchsorted(table, value) - 1).clamp(0, 998)
+        return (low + (value - table[low]) / (table[low + 1] - table[low])).clamp(0, 999)
+
+    def sigmas(
+        self, steps: int, spacing: str | None = None, *, log: bool = False, rho: float = 7.0, end: float = 0.0
+    ) -> Tensor:
+        """(steps + 1,) float64, strictly decreasing: where each of `steps` steps starts, and `end` (0 or sigma_min).
+
+        spacing: leading, trailing, linspace (the default), or karras (Karras et al. 2022, eq. 5). `log` interpolates
+        log sigma instead of sigma, as k-diffusion's get_sigmas does; it matters for linspace alone. Where the last
+        step already starts at sigma_min, the end is 0 whatever was asked for. Raises ValueError outside 1..1000.
+        """
+        spacing = spacing or self.spacing or "linspace"
+        if not 1 <= steps <= 1000:
+            raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so steps goes from 1 to 1000")
+        if spacing not in SPACINGS:
+            raise ValueError(
+                f"unknown spacing {spacing!r}: use one of {', '.join(SPACINGS)}, or pass a tensor of sigmas"
+            )
+        if spacing == "karras":
+            ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+            high, low = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
+            sigmas = (high + ramp * (low - high)) ** rho
+        else:
+            options = {"offset": self.steps_offset} if spacing == "leading" else {}
+            sigmas = self.sigma(TIMESTEPS[spacing](steps, **options), log)
+        if math.isclose(sigmas[-1].item(), self.sigma_min, rel_tol=1e-9):
+            end = 0.0
+        return torch.cat([sigmas, torch.tensor([end], dtype=torch.float64)])

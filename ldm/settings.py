@@ -1,0 +1,118 @@
+"""The arguments of one call, checked before any work is done."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `Pipeline.__call__` and `Pipeline.stream` take. Raises ValueError for what cannot be run.
+
+    prompt, negative_prompt: a text, or a list of texts: one picture each.
+    steps: evaluations of the net, 1 to 1000. guidance_scale: 1 is no guidance, and half of the work.
+    sampler: a name of `ldm.SAMPLERS`, or a function `(denoise, x, sigmas, noise, **options)` that yields `Step`s.
+    sigmas: a spacing ("leading", "trailing", "linspace", "karras"), or a decreasing tensor (n+1,) that ends at or above
+        0, used as it is instead of `steps`. None: the spacing of the model, else that of the sampler's reference.
+    seed: of the first picture, picture i has seed + i; or a list of seeds. batch_size: pictures per prompt.
+    width, height: in pixels, multiples of the VAE's factor (8 for the official models). None: the picture's, or the
+        model's native size.
+    clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts.
+    image: the picture to start from. strength: 0 returns it, 1 replaces it by noise. mask: white where to repaint.
+    latents: (B,4,h,w) in the VAE's scale (as `Output.latents`), takes the place of the encoded image.
+    noise: (B,4,h,w) standard normal, takes the place of the initial noise.
+    eta: the share of fresh noise in DDIM, 0 to 1.
+    """
+
+    prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] = ""
+    steps: int = 20
+    guidance_scale: float = 7.5
+    sampler: str | Sampler = "euler"
+    sigmas: str | Tensor | None = None
+    seed: int | Sequence[int] = 0
+    batch_size: int = 1
+    width: int | None = None
+    height: int | None = None
+    clip_skip: int = 1
+    image: Image.Image | None = field(default=None, repr=False)
+    strength: float = 0.75
+    mask: Image.Image | None = field(default=None, repr=False)
+    latents: Tensor | None = field(default=None, repr=False)
+    noise: Tensor | None = field(default=None, repr=False)
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
+            raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength={self.strength}: give a number from 0 (the image) to 1 (all new)")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta}: give a number from 0 (DDIM) to 1 (DDPM)")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: give a whole number of at least 1")
+        if isinstance(self.sampler, str) and self.sampler_name not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}: use {', '.join(SAMPLERS)}, or pass a function")
+        if isinstance(self.sigmas, str) and self.sigmas not in SPACINGS:
+            raise ValueError(f"unknown spacing sigmas={self.sigmas!r}: use {', '.join(SPACINGS)}, or pass a tensor")
+        if isinstance(self.sigmas, Tensor):
+            s = self.sigmas
+            if s.ndim != 1 or len(s) < 2 or not (s[1:] < s[:-1]).all() or s[-1] < 0 or not torch.isfinite(s).all():
+                raise ValueError(
+                    f"sigmas of shape {tuple(s.shape)}: give one row of at least 2 values that decrease to >= 0"
+                )
+        if self.image is not None and not isinstance(self.image, Image.Image):
+            raise ValueError(f"image is a {type(self.image).__name__}: give a PIL image, e.g. PIL.Image.open(file)")
+        if self.image is not None and self.latents is not None:
+            raise ValueError("image and latents both say where to start: give one of them")
+        if self.mask is not None and self.image is None and self.latents is None:
+            raise ValueError("mask without image: give the picture that the mask belongs to as image=")
+        if not self.prompts:
+            raise ValueError("prompt is an empty list: give at least one text")
+        if not isinstance(self.negative_prompt, str) and len(self.negative_prompt) != len(self.prompts):
+            raise ValueError(
+                f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts: give one text, or as many"
+            )
+        if len(self.seeds) != self.count:
+            raise ValueError(f"{len(self.seeds)} seeds for {self.count} pictures: give a number, or one seed each")
+        if self.eta and "eta" not in inspect.signature(self.sampler_function).parameters:
+            raise ValueError(f"eta={self.eta}: the sampler {self.sampler_name!r} has no eta; use 'ddim', or eta=0")
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def texts(self) -> list[str]:
+        """A text for each picture."""
+        return [p for p in self.prompts for _ in range(self.batch_size)]
+
+    @property
+    def negative_texts(self) -> list[str]:
+        if isinstance(self.negative_prompt, str):
+            return [self.negative_prompt] * self.count
+        return [p for p in self.negative_prompt for _ in range(self.batch_size)]
+
+    @property
+    def count(self) -> int:
+        """Pictures in all."""
+        return len(self.prompts) * self.batch_size
+
+    @property
+    def seeds(self) -> list[int]:
+        """A seed for each picture."""
+        return [self.seed + i for i in range(self.count)] if isinstance(self.seed, int) else list(self.seed)
+
+    @property
+    def sampler_function(self) -> Sampler:
+        return SAMPLERS[self.sampler_name] if isinstance(self.sampler, str) else self.sampler
+
+    @property
+    def sampler_name(self) -> str:
+        return ALIASES.get(self.sampler, self.sampler) if isinstance(self.sampler, str) else self.sampler.__name__

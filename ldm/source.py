@@ -1,0 +1,78 @@
+"""Where weights come from: safetensors files, memory-mapped. What is not one is refused with what to do about it."""
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+CONVERT = (
+    "python -c \"import torch, safetensors.torch as s; d = torch.load('{old}', 'cpu', weights_only=True); "
+    "s.save_file({{k: v.contiguous().clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')}},"
+    " '{new}')\""
+)
+
+# Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.
+IGNORED = re.compile(
+    r"model_ema\..*|betas|(alphas_cumprod|posterior|sqrt_(one_minus|recip)|log_one_minus)\w*|scale_factor"
+    r"|denoiser\.sigmas|loss\..*|.*\.position_ids|(.*\.)?(logit_scale|text_projection(\.weight)?)"
+)
+
+
+class CheckpointError(ValueError):
+    """A file or folder that cannot be loaded: says what was found, what was looked for, and what to do."""
+
+
+class Source:
+    """The tensors of a model, or of a part, by name. `shapes` and `dtypes` (safetensors' names: "F16") of those that
+    matter: what is on the list of known leftovers is not there.
+
+    A tensor is a view of the mapped file: no memory of its own, read when it is first used. The file must not be
+    written over as long as its tensors are alive.
+    """
+
+    def __init__(self, where: Path, files: list[Path]):
+        self.where = where
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._files = {}
+        for path in files:
+            file = open_safetensors(path)
+            for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
+                if not IGNORED.fullmatch(name):
+                    self._files[name] = file
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    self.dtypes[name] = file.get_slice(name).get_dtype()
+
+    def drop(self, prefix: str) -> None:
+        """Forget the tensors under a prefix: they are not wanted."""
+        self.shapes = {name: shape for name, shape in self.shapes.items() if not name.startswith(prefix)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def open_safetensors(path: Path) -> safe_open:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(9)
+    if size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
+    if path.suffix in PICKLES or head.startswith(b"PK"):
+        raise CheckpointError(
+            f"{path} is a pickle, which may run any code when it is opened: only safetensors files are loaded."
+            f" To convert it:\n{CONVERT.format(old=path, new=path.with_suffix('.safetensors'))}"
+        )
+    if head.startswith(b"version "):
+        raise CheckpointError(f"{path} is a Git LFS pointer ({size} bytes), not the weights: run `git lfs pull` there")
+    if head[8:] != b"{":  # eight bytes of length, then JSON
+        raise CheckpointError(f"{path} ({size:,} bytes) is not a safetensors file: it starts with {head!r}")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) is truncated or damaged: {error}; download or copy it again"
+        ) from error

@@ -1,0 +1,118 @@
+"""Train the default model's UNet and text encoder together, on latents that the VAE has computed once.
+
+python -m ldm.train diffusion --data emoji64_rgba.npz --vae runs/vae --out runs/diffusion
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.clip import TextConfig, TextEncoder
+from ldm.clip.tokenizer import Tokenizer
+from ldm.samplers.schedule import Schedule
+from ldm.train import captions, data
+from ldm.train.loop import batch_indices, save_state, step_generator, train
+from ldm.unet import UNet, UNetConfig
+from ldm.unet.blocks import ResnetBlock
+from ldm.unet.transformer import SpatialTransformer
+from ldm.vae import VAE
+
+UNET = UNetConfig(channels=(96, 128, 192), layers=1, depth=(0, 1, 1), heads=4, context_width=256)
+TEXT = TextConfig(
+    vocab_size=captions.VOCABULARY,
+    length=captions.LENGTH,
+    width=256,
+    layers=4,
+    heads=4,
+    end_token=captions.VOCABULARY - 1,
+)
+
+
+@torch.no_grad()
+def compute_latents(vae: VAE, file: Path, seed: int = 0) -> dict:
+    """Every training picture once on white and once on a colour of its own: mean and std (2n,4,16,16) float16.
+
+    Also `scaling_factor`, 1 / the standard deviation of the samples, and the `colours` of the second half.
+    """
+    rgba, meta = data.load(file)
+    rgba = rgba[[m["split"] == "train" for m in meta]]
+    names = [name for name in data.BACKGROUNDS if name != "white"]
+    colours = [names[i] for i in torch.randint(len(names), (len(rgba),), generator=step_generator(seed, 0))]
+    means, stds = [], []
+    for ground in (["white"] * len(rgba), colours):
+        for i in range(0, len(rgba), 64):
+            rows = [data.composite(rgba[j], data.BACKGROUNDS[ground[j]]) for j in range(i, min(i + 64, len(rgba)))]
+            with torch.autocast("cpu", torch.bfloat16):
+                mean, std = vae.encode(data.to_tensor(rows))
+            means.append(mean.half())
+            stds.append(std.half())
+    mean, std = torch.cat(means), torch.cat(stds)
+    white = mean[: len(rgba)].float()
+    spread = (white.var() + std[: len(rgba)].float().square().mean()).sqrt()
+    return dict(mean=mean, std=std, colours=colours, scaling_factor=round(1 / spread.item(), 5))
+
+
+def initialise(nets: nn.ModuleDict) -> None:
+    """Residual branches and the output start at zero (Dhariwal & Nichol 2021), embeddings small (as CLIP's)."""
+    for module in nets["unet"].modules():
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+        if isinstance(module, SpatialTransformer):
+            nn.init.zeros_(module.proj_out.weight)
+    nn.init.zeros_(nets["unet"].conv_out.weight)
+    embeddings = nets["text_encoder"].text_model.embeddings
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
+
+
+def min_snr_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) / (SNR + 1), SNR = a / (1 - a): Hang et al. 2023, eq. 9, for a net that predicts v."""
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
+def train_diffusion(
+    file: Path, vae: VAE, folder: Path, *, steps: int = 20_000, batch: int = 64, lr: float = 8e-4, seed: int = 0
+) -> nn.ModuleDict:
+    """v prediction (Salimans & Ho 2022) with min-SNR weights. Returns the EMA `unet` and `text_encoder`.
+
+    `folder` receives the tokenizer, the latents (both are kept from an earlier start) and the state of the loop.
+    """
+    meta = [m for m in data.load(file)[1] if m["split"] == "train"]
+    if not (folder / "tokenizer").exists():
+        captions.train_vocabulary(meta, folder / "tokenizer")
+    if not (folder / "latents.pt").exists():
+        save_state(folder / "latents.pt", compute_latents(vae, file))
+    words = folder / "tokenizer"
+    tokenizer = Tokenizer.from_files(words / "vocab.json", words / "merges.txt", length=captions.LENGTH)
+    latents = torch.load(folder / "latents.pt", weights_only=True)
+    alphas = Schedule().alphas_cumprod.float()
+
+    torch.manual_seed(seed)
+    nets = nn.ModuleDict(dict(unet=UNet(UNET), text_encoder=TextEncoder(TEXT)))
+    initialise(nets)
+
+    def loss_of(step: int) -> Tensor:
+        generator = step_generator(seed, step)
+        rows = batch_indices(len(meta), batch, seed, step)
+        coloured = torch.rand(batch, generator=generator) < 0.12
+        texts = []
+        for row, ground in zip(rows.tolist(), coloured.tolist(), strict=True):
+            text = captions.draw_caption(meta[row], generator)
+            texts.append(captions.on_background(text, latents["colours"][row] if ground else "white"))
+        rows = rows + len(meta) * coloured
+        mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
+        z = latents["scaling_factor"] * (mean + std * torch.randn(mean.shape, generator=generator))  # (B,4,16,16)
+        noise = torch.randn(z.shape, generator=generator)
+        t = torch.randint(1000, (batch,), generator=generator)
+        a = alphas[t][:, None, None, None]
+        x, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
+        with torch.autocast("cpu", torch.bfloat16):
+            context = nets["text_encoder"](tokenizer(texts)).context
+            out = nets["unet"](x, t, context)
+        loss = F.mse_loss(out.float(), v, reduction="none").mean(dim=(1, 2, 3))
+        return (min_snr_weight(alphas[t]) * loss).mean()
+
+    return train(nets, loss_of, folder, steps=steps, lr=lr, warmup=500, ema_decay=0.9995)
