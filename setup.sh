@@ -12,7 +12,7 @@ torch_from=()
 if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! pip config list | grep -qE 'index-url|find-links'; then
     torch_from=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
-pip install -q -c constraints.txt "${torch_from[@]}" torch
+pip install -q -c constraints.txt ${torch_from[@]+"${torch_from[@]}"} torch
 if [ "${1:-}" = test ]; then
     pip install -q -c constraints.txt -e ".[test]"
     # Reference implementations of which only single modules are used: their own dependencies are many and stay away.

@@ -5,26 +5,24 @@ Every parameter of ours asks for exactly one tensor. What is missing, has anothe
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import ldm.clip.keys
+import ldm.unet.keys
+import ldm.vae.keys
 from ldm import folder
 from ldm.clip import TextConfig, TextEncoder
-from ldm.clip.keys import spellings as text_spellings
 from ldm.clip.tokenizer import Tokenizer
 from ldm.source import CheckpointError, Source
 from ldm.unet import UNet, UNetConfig
-from ldm.unet.keys import PREFIX as UNET
-from ldm.unet.keys import spellings as unet_spellings
 from ldm.vae import VAE, VAEConfig
-from ldm.vae.keys import PREFIX as BUILT_IN_VAE
-from ldm.vae.keys import spellings as vae_spellings
 
 __all__ = ["CheckpointError", "Parts", "load"]
 
@@ -36,68 +34,74 @@ class Parts(NamedTuple):
     vae: VAE
     text_encoder: TextEncoder
     tokenizer: Tokenizer
-    scheduler: dict[str, Any]  # as in scheduler_config.json
+    scheduler: dict[str, Any]  # the fields of a scheduler_config.json
     size: int  # native side of a picture, in pixels
-
-
-SD1_SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the table of official models. A file is this model if it has the telling tensors, in these shapes (None
-    is any extent). A row without configs is known by name and not yet loaded."""
+    """What the weights do not say."""
 
-    name: str
-    tells: Mapping[str, tuple[int | None, ...]]
-    unet: UNetConfig | None = None
-    vae: VAEConfig | None = None
-    text: TextConfig | None = None
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    size: int = 512
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: TextConfig
+    scheduler: Mapping[str, Any]
+    size: int
 
 
-CONV_IN = UNET + "input_blocks.0.0.weight"
-CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-POOLED = UNET + "label_emb.0.0.weight"
-OPEN_CLIP_1, OPEN_CLIP_2 = (f"conditioner.embedders.{i}.model.ln_final.weight" for i in (0, 1))
+NETS: dict[str, tuple[type[nn.Module], Callable[[Any, str], tuple[str, ...]]]] = {
+    "unet": (UNet, ldm.unet.keys.spellings),
+    "vae": (VAE, ldm.vae.keys.spellings),
+    "text_encoder": (TextEncoder, ldm.clip.keys.spellings),
+}
 
-MODELS = (
-    Model("SDXL base", {OPEN_CLIP_2: (1280,)}),
-    Model("SDXL refiner", {OPEN_CLIP_1: (1280,), CONV_IN: (384, None, None, None)}),
-    Model("SD 2.x unCLIP", {CONTEXT: (320, 1024), POOLED: (None, None)}),
-    Model("SD 2.x inpainting", {CONTEXT: (320, 1024), CONV_IN: (320, 9, 3, 3)}),
-    Model("SD 2.x depth", {CONTEXT: (320, 1024), CONV_IN: (320, 5, 3, 3)}),
-    Model("SD 2.x x4 upscaler", {CONV_IN: (None, 7, 3, 3)}),
-    Model("SD 2.x", {CONTEXT: (320, 1024), CONV_IN: (320, 4, 3, 3)}),
-    Model("SD 1.x inpainting", {CONTEXT: (320, 768), CONV_IN: (320, 9, 3, 3)}),
-    Model("SD 1.x InstructPix2Pix", {CONTEXT: (320, 768), CONV_IN: (320, 8, 3, 3)}),
-    Model(
-        "SD 1.x",
-        {CONTEXT: (320, 768), CONV_IN: (320, 4, 3, 3)},
-        UNetConfig(),
-        VAEConfig(),
-        TextConfig(),
-        SD1_SCHEDULER,
-    ),
+SD1 = Model(
+    unet=UNetConfig(),
+    vae=VAEConfig(),
+    text_encoder=TextConfig(),
+    scheduler={
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    },
+    size=512,
 )
 
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+VECTOR = "model.diffusion_model.label_emb.0.0.weight"
+OPEN_CLIP = "conditioner.embedders.{}.model.ln_final.weight"
+
+# The official single files: name, telling tensors with their shapes (None is any extent), and the model, None for one
+# that is known but not loaded yet. The first row whose tensors are all there is it.
+OFFICIAL: tuple[tuple[str, Mapping[str, tuple[int | None, ...]], Model | None], ...] = (
+    ("SDXL base", {OPEN_CLIP.format(1): (1280,)}, None),
+    ("SDXL refiner", {OPEN_CLIP.format(0): (1280,), CONV_IN: (384, None, 3, 3)}, None),
+    ("SD 2.x unCLIP", {CONTEXT: (320, 1024), VECTOR: (None, None)}, None),
+    ("SD 2.x x4 upscaler", {CONV_IN: (None, 7, 3, 3)}, None),
+    ("SD 2.x depth", {CONTEXT: (320, 1024), CONV_IN: (320, 5, 3, 3)}, None),
+    ("SD 2.x inpainting", {CONTEXT: (320, 1024), CONV_IN: (320, 9, 3, 3)}, None),
+    ("SD 2.x", {CONTEXT: (320, 1024), CONV_IN: (320, 4, 3, 3)}, None),
+    ("SD 1.x InstructPix2Pix", {CONTEXT: (320, 768), CONV_IN: (320, 8, 3, 3)}, None),
+    ("SD 1.x inpainting", {CONTEXT: (320, 768), CONV_IN: (320, 9, 3, 3)}, None),
+    ("SD 1.x", {CONTEXT: (320, 768), CONV_IN: (320, 4, 3, 3)}, SD1),
+)
+
+# What else people give by mistake: a name that only such a file has, and what to do.
 NOT_MODELS = {
     r".*lora_.*|.*\.lora\..*": "a LoRA, a change to a model: load the model that it was trained on",
     r"control_model\..*|controlnet_.*": "a ControlNet, an addition to a model: load the model that it was trained on",
     r"(first_stage_model\.)?decoder\.conv_in\.weight": "a VAE alone: load a model, with this file as vae=",
-    r"(unet\.)?down_blocks\.0\.resnets\..*|(text_model\.)?embeddings\.token_embedding\.weight": (
+    r"down_blocks\.0\.resnets\..*|(text_model\.)?embeddings\.token_embedding\.weight": (
         "one part of a diffusers folder: give the folder that has model_index.json"
     ),
 }
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
@@ -109,26 +113,91 @@ def load(
     """Load an official single file (.safetensors) or a diffusers folder. Nothing is ever downloaded.
 
     vae: a VAE file or folder that takes the place of the built-in one, which then need not be there.
-    dtype: None keeps the file's own, and then the weights are the mapped file itself.
+    dtype: None keeps the file's own; on the CPU the weights then are the mapped file itself.
     Raises CheckpointError, a ValueError, for anything that is not exactly a model that this version knows.
     """
-    path, vae = Path(path), None if vae is None else Path(vae)
-    for given in (path, vae):
-        if given is not None and not given.exists():
-            raise CheckpointError(
-                f"{given} does not exist. Nothing is downloaded: a model of the Hugging Face hub must be fetched first,"
-                " `huggingface-cli download OWNER/NAME --local-dir FOLDER`, and FOLDER given here"
-            )
-    plans, parts = from_folder(path, vae, dtype) if path.is_dir() else from_file(path, vae, dtype)
+    path = existing(path)
+    model, sources, tokenizer = open_folder(path, vae is None, dtype) if path.is_dir() else open_file(path, vae is None)
+    if vae is not None:
+        vae = existing(vae)
+        if vae.is_dir():
+            model = replace(model, vae=folder.vae_config(vae))
+        sources["vae"] = folder.weights(vae, "diffusion_pytorch_model", dtype) if vae.is_dir() else Source(vae, [vae])
+    check_widths(model, path)
+    plans = {part: Plan(net, getattr(model, part), sources[part], names) for part, (net, names) in NETS.items()}
     check(plans, path)
-    nets = {name: plan.fill(dtype, torch.device(device)) for name, plan in plans.items()}
-    return Parts(**nets, **parts)
+    nets: dict[str, Any] = {part: plan.fill(dtype, torch.device(device)) for part, plan in plans.items()}
+    return Parts(**nets, tokenizer=tokenizer, scheduler=dict(model.scheduler), size=model.size)
+
+
+def existing(path: str | Path) -> Path:
+    if not Path(path).exists():
+        raise CheckpointError(
+            f"{path} does not exist. Nothing is downloaded: a model of the Hugging Face hub must be fetched first,"
+            " `huggingface-cli download OWNER/NAME --local-dir FOLDER`, and FOLDER given here"
+        )
+    return Path(path)
+
+
+def open_file(path: Path, own_vae: bool) -> tuple[Model, dict[str, Source], Tokenizer]:
+    source = Source(path, [path])
+    model = detect(source)
+    if source.shapes.pop("v_pred", None) is not None:  # the flag by which fine-tuned models say it
+        model = replace(model, scheduler={**model.scheduler, "prediction_type": "v_prediction"})
+    if not own_vae:
+        source.drop(ldm.vae.keys.PREFIX)
+    return model, dict.fromkeys(NETS, source), Tokenizer.official()
+
+
+def open_folder(path: Path, own_vae: bool, dtype: torch.dtype | None) -> tuple[Model, dict[str, Source], Tokenizer]:
+    folder.check_index(path)
+    has_vae = own_vae or (path / "vae" / "config.json").is_file()
+    vae = folder.vae_config(path / "vae") if has_vae else VAEConfig()
+    text = folder.text_config(path / "text_encoder")
+    model = Model(
+        unet=folder.unet_config(path / "unet"),
+        vae=vae,
+        text_encoder=text,
+        scheduler=folder.scheduler(path / "scheduler"),
+        size=folder.sample_size(path / "unet") * vae.factor,
+    )
+    stems = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    if own_vae:
+        stems["vae"] = "diffusion_pytorch_model"
+    sources = {part: folder.weights(path / part, stem, dtype) for part, stem in stems.items()}
+    return model, sources, folder.tokenizer(path / "tokenizer", text.length)
+
+
+def detect(source: Source) -> Model:
+    for name, tells, model in OFFICIAL:
+        if all(fits(source.shapes.get(tensor), shape) for tensor, shape in tells.items()):
+            if model is None:
+                loaded = ", ".join(name for name, _, model in OFFICIAL if model is not None)
+                raise CheckpointError(
+                    f"{source.where} is {name}: not supported yet by this version, which has {loaded}"
+                )
+            return model
+    has_unet = any(name.startswith(ldm.unet.keys.PREFIX) for name in source.shapes)
+    for pattern, what in NOT_MODELS.items():
+        if not has_unet and any(re.fullmatch(pattern, name) for name in source.shapes):
+            raise CheckpointError(f"{source.where} is {what}")
+    found = ", ".join(f"{name} is {source.shapes.get(name, 'missing')}" for name in (CONV_IN, CONTEXT))
+    known = ", ".join(name for name, _, _ in OFFICIAL)
+    raise CheckpointError(f"{source.where} is no known model: {found}. Known are {known}")
+
+
+def fits(shape: tuple[int, ...] | None, telling: tuple[int | None, ...]) -> bool:
+    if shape is None or len(shape) != len(telling):
+        return False
+    return all(told in (None, extent) for extent, told in zip(shape, telling, strict=True))
 
 
 class Plan:
     """A net, still without values, and the tensor that each of its parameters will be."""
 
-    def __init__(self, net: type[nn.Module], config: Any, spellings: Callable[..., tuple[str, ...]], source: Source):
+    def __init__(
+        self, net: type[nn.Module], config: Any, source: Source, spellings: Callable[[Any, str], tuple[str, ...]]
+    ):
         with NoValues(), torch.device("meta"):
             self.net = net(config)
         self.source = source
@@ -151,58 +220,49 @@ class NoValues(TorchFunctionMode):
     """Skips torch.nn.init. (There is nothing to fill on the meta device, but trying to costs a second of imports.)"""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.__module__ == "torch.nn.init":
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs)
 
 
-def from_file(path: Path, vae: Path | None, dtype: torch.dtype | None) -> tuple[dict[str, Plan], dict[str, Any]]:
-    source = Source(path, [path])
-    model = detect(source)
-    scheduler = dict(model.scheduler)
-    if source.shapes.pop("v_pred", None) is not None:  # a flag that fine-tuners add
-        scheduler["prediction_type"] = "v_prediction"
-    if vae is not None:
-        source.drop(BUILT_IN_VAE)
-    plans = {
-        "unet": Plan(UNet, model.unet, unet_spellings, source),
-        "vae": separate_vae(vae, model.vae, dtype) if vae else Plan(VAE, model.vae, vae_spellings, source),
-        "text_encoder": Plan(TextEncoder, model.text, text_spellings, source),
+def check_widths(model: Model, path: Path) -> None:
+    unet, latents, width = model.unet, model.vae.latent_channels, model.text_encoder.width
+    if (unet.in_channels, unet.out_channels, unet.context_width) != (latents, latents, width):
+        raise CheckpointError(
+            f"{path}: the UNet has {unet.in_channels} channels in, {unet.out_channels} out and a context of width"
+            f" {unet.context_width}; this version only does the VAE's {latents} in and out (so no inpainting models)"
+            f" and the text encoder's width of {width}"
+        )
+
+
+def check(plans: Mapping[str, Plan], path: Path) -> None:
+    """Raises CheckpointError, with all that is wrong, unless each parameter has its tensor and each tensor its use."""
+    missing, misshapen, unfit, unknown = [], [], [], []
+    for part, plan in plans.items():
+        source = plan.source
+        for ours, theirs in plan.theirs.items():
+            shape, found = plan.shapes[ours], source.shapes.get(theirs)
+            if found is None:
+                missing.append(f"{part} {ours} {shape}: no {theirs} in {source.where}")
+            elif found not in (shape, (*shape, 1, 1)):  # the official VAE writes its attention's matrices as 1x1 conv
+                misshapen.append(f"{part} {ours} {shape}: {theirs} is {found}")
+            elif source.dtypes[theirs] not in FLOATS:
+                unfit.append(f"{theirs} is {source.dtypes[theirs]}")
+        if not any(theirs in source.shapes for theirs in plan.theirs.values()):
+            hint = ": give one with vae=" if part == "vae" else ""
+            missing.insert(0, f"there is no {part} at all in {source.where}{hint}")
+    for source in {plan.source for plan in plans.values()}:
+        asked = {theirs for plan in plans.values() if plan.source is source for theirs in plan.theirs.values()}
+        unknown += [f"{name} {shape}" for name, shape in source.shapes.items() if name not in asked]
+    problems = {
+        "missing": missing,
+        "of another shape": misshapen,
+        f"of a type other than {', '.join(FLOATS)}": unfit,
+        "unknown": unknown,
     }
-    return plans, {"tokenizer": Tokenizer.official(), "scheduler": scheduler, "size": model.size}
+    if any(problems.values()):
+        raise CheckpointError(f"{path} does not fit:" + "".join(listing(k, v) for k, v in problems.items() if v))
 
 
-def detect(source: Source) -> Model:
-    for model in MODELS:
-        if all(fits(source.shapes.get(name), shape) for name, shape in model.tells.items()):
-            break
-    else:
-        for pattern, what in NOT_MODELS.items():
-            if any(re.fullmatch(pattern, name) for name in source.shapes):
-                raise CheckpointError(f"{source.where} is {what}")
-        found = [f"{name} {source.shapes.get(name, 'missing')}" for name in (CONV_IN, CONTEXT)]
-        raise CheckpointError(
-            f"{source.where} is no model that is known here: {', '.join(found)}; known: {names(MODELS)}"
-        )
-    if model.unet is None:
-        loaded = names(m for m in MODELS if m.unet is not None)
-        raise CheckpointError(
-            f"{source.where} is {model.name}, not supported yet by this version, which loads {loaded}"
-        )
-    return model
-
-
-def fits(shape: tuple[int, ...] | None, telling: tuple[int | None, ...]) -> bool:
-    return shape is not None and len(shape) == len(telling) and all(t in (None, n) for n, t in zip(shape, telling))
-
-
-def names(models: Any) -> str:
-    return ", ".join(model.name for model in models)
-
-
-def from_folder(path: Path, vae: Path | None, dtype: torch.dtype | None) -> tuple[dict[str, Plan], dict[str, Any]]:
-    if not (path / "model_index.json").is_file():
-        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
-        hint = f"; it has {files}: give one of them" if files else ""
-        raise CheckpointError(f"{path} is not a diffusers folder: it has no model_index.json{hint}")
-    ...
+def listing(kind: str, lines: list[str]) -> str:
+    rest = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return f"\n{len(lines)} {kind}:" + "".join(f"\n  {line}" for line in lines[:5] + rest)

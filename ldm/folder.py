@@ -13,7 +13,7 @@ import torch
 from ldm.clip import TextConfig
 from ldm.clip.text_encoder import ACTIVATIONS
 from ldm.clip.tokenizer import END, Tokenizer
-from ldm.source import PICKLES, CheckpointError, Source
+from ldm.source import PICKLES, CheckpointError, Source, conversion
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
@@ -21,7 +21,9 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "Stabl
 
 # For each net: the fields that are read, with diffusers' or transformers' defaults; those that have one accepted value;
 # those that do not matter here. Any other field must be off: null, false or 0.
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 UNET_READ = {
+    "sample_size": None,
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": [320, 640, 1280, 1280],
@@ -48,7 +50,7 @@ UNET_FIXED = {
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
 }
-UNET_FREE = ("sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")
+UNET_FREE = ("dropout", "upcast_attention", "addition_embed_type_num_heads")
 
 VAE_READ = {
     "block_out_channels": [64],
@@ -84,29 +86,32 @@ TEXT_READ = {
 SCHEDULER_NEEDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
+def check_index(path: Path) -> None:
+    where = path / "model_index.json"
+    if not where.is_file():
+        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
+        hint = f"; it has {files}: a single file is given by its own path" if files else ""
+        raise CheckpointError(f"{path} is not a diffusers folder: it has no model_index.json{hint}")
+    index = {"_class_name": None} | read_json(where)
+    accept(where, index, "_class_name", index["_class_name"] in PIPELINES, " or ".join(PIPELINES))
+
+
 def unet_config(part: Path) -> UNetConfig:
-    c = read_config(part, UNET_READ, UNET_FIXED, UNET_FREE)
-    channels, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
-    heads, depth = c["attention_head_dim"], c["transformer_layers_per_block"]  # the first is a misnomer: it is a count
-    depths = depth if isinstance(depth, list) else [depth] * len(channels)
-    per_level = heads if isinstance(heads, list) else [heads] * len(channels)
-    widths = {width // count for width, count in zip(channels, per_level, strict=True)}
     where = part / "config.json"
+    c = read_config(where, UNET_READ, UNET_FIXED, UNET_FREE)
     for field in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
         accept(where, c, field, isinstance(c[field], int), "a single number")
-    accept(where, c, "transformer_layers_per_block", all(isinstance(d, int) for d in depths), "a number for each level")
-    accept(
-        where,
-        c,
-        "down_block_types",
-        set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"},
-        UNET_READ["down_block_types"],
-    )
+    channels, down = c["block_out_channels"], c["down_block_types"]
+    known = len(down) == len(channels) and set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}
+    accept(where, c, "down_block_types", known, "CrossAttnDownBlock2D or DownBlock2D, one for each level")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
-    accept(where, c, "up_block_types", up == mirrored, f"{mirrored}, the mirror image of down_block_types")
-    accept(
-        where, c, "attention_head_dim", isinstance(heads, int) or len(widths) == 1, "heads of one width, or one count"
-    )
+    accept(where, c, "up_block_types", c["up_block_types"] == mirrored, f"the mirror image of the way down, {mirrored}")
+
+    depths = per_level(where, c, "transformer_layers_per_block", len(channels))
+    counts = per_level(where, c, "attention_head_dim", len(channels))  # a misnomer of diffusers': the number of heads
+    widths = {width // count for width, count in zip(channels, counts, strict=True)}
+    same = len(set(counts)) == 1
+    accept(where, c, "attention_head_dim", same or len(widths) == 1, "as many heads, or heads as wide, at every level")
     return UNetConfig(
         in_channels=c["in_channels"],
         out_channels=c["out_channels"],
@@ -114,18 +119,36 @@ def unet_config(part: Path) -> UNetConfig:
         layers=c["layers_per_block"],
         depth=tuple(d if "CrossAttn" in kind else 0 for d, kind in zip(depths, down, strict=True)),
         mid_depth=depths[-1],
-        heads=heads if isinstance(heads, int) else None,
-        head_width=None if isinstance(heads, int) else widths.pop(),
+        heads=counts[0] if same else None,
+        head_width=None if same else widths.pop(),
         context_width=c["cross_attention_dim"],
         linear_projection=c["use_linear_projection"],
         groups=c["norm_num_groups"],
     )
 
 
+def per_level(where: Path, config: Mapping, field: str, levels: int) -> list[int]:
+    value = config[field]
+    values = value if isinstance(value, list) else [value] * levels
+    good = len(values) == levels and all(isinstance(v, int) for v in values)
+    accept(where, config, field, good, f"a whole number, or one for each of the {levels} levels")
+    return values
+
+
+def sample_size(part: Path) -> int:
+    """The native side in latents; 64, as SD 1's, where the config leaves it open."""
+    where = part / "config.json"
+    c = {"sample_size": None} | read_json(where)
+    accept(where, c, "sample_size", c["sample_size"] is None or isinstance(c["sample_size"], int), "a whole number")
+    return c["sample_size"] or 64
+
+
 def vae_config(part: Path) -> VAEConfig:
-    c = read_config(part, VAE_READ, VAE_FIXED, VAE_FREE)
+    where = part / "config.json"
+    c = read_config(where, VAE_READ, VAE_FIXED, VAE_FREE)
     for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        accept(part / "config.json", c, field, set(c[field]) == {kind}, f"{kind} at every level")
+        levels = [kind] * len(c["block_out_channels"])
+        accept(where, c, field, c[field] == levels, levels)
     return VAEConfig(
         channels=tuple(c["block_out_channels"]),
         layers=c["layers_per_block"],
@@ -137,7 +160,7 @@ def vae_config(part: Path) -> VAEConfig:
 
 def text_config(part: Path) -> TextConfig:
     where = part / "config.json"
-    c = TEXT_READ | read_json(where)
+    c = {**TEXT_READ, **read_json(where)}
     accept(where, c, "hidden_act", c["hidden_act"] in ACTIVATIONS, " or ".join(ACTIVATIONS))
     accept(where, c, "layer_norm_eps", c["layer_norm_eps"] == 1e-5, 1e-5)
     accept(where, c, "intermediate_size", c["intermediate_size"] == 4 * c["hidden_size"], "4 times hidden_size")
@@ -148,7 +171,7 @@ def text_config(part: Path) -> TextConfig:
         layers=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
         activation=c["hidden_act"],
-        # 2 is what transformers wrote by mistake before 4.31, SD 1's folders among them: it meant the highest id.
+        # SD 1's own config says 2, a mistake of old versions of transformers, who took the highest id anyway.
         end_token=c["vocab_size"] - 1 if c["eos_token_id"] == 2 else c["eos_token_id"],
     )
 
@@ -164,21 +187,22 @@ def scheduler(part: Path) -> dict[str, Any]:
     return c
 
 
-def tokenizer(part: Path) -> Tokenizer:
-    """vocab.json and merges.txt, or tokenizer.json alone, as transformers 5 writes."""
-    settings = {"model_max_length": 77, "pad_token": END}
+def tokenizer(part: Path, length: int) -> Tokenizer:
+    """Reads vocab.json and merges.txt, or tokenizer.json alone, as transformers 5 writes."""
+    settings: dict[str, Any] = {"model_max_length": length, "pad_token": END}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second overrides the first
         settings |= read_json(part / name) if (part / name).is_file() else {}
     pad = settings["pad_token"]
     pad = pad["content"] if isinstance(pad, dict) else pad
+    length = min(length, settings["model_max_length"])  # transformers writes 1e30 for no limit
     vocab, merges, both = part / "vocab.json", part / "merges.txt", part / "tokenizer.json"
     if vocab.is_file() and merges.is_file():
-        return Tokenizer.from_files(vocab, merges, settings["model_max_length"], pad)
+        return Tokenizer.from_files(vocab, merges, length, pad)
     if not both.is_file():
         raise CheckpointError(f"no tokenizer in {part}: looked for vocab.json with merges.txt, and for tokenizer.json")
     model = read_json(both)["model"]
     pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
-    return Tokenizer(model["vocab"], pairs, settings["model_max_length"], pad)
+    return Tokenizer(model["vocab"], pairs, length, pad)
 
 
 def weights(part: Path, stem: str, dtype: torch.dtype | None) -> Source:
@@ -191,19 +215,19 @@ def weights(part: Path, stem: str, dtype: torch.dtype | None) -> Source:
             index = path.suffix == ".json"
             shards = sorted(set(read_json(path)["weight_map"].values())) if index else [path.name]
             return Source(part, [part / shard for shard in shards])
-    found = sorted(path.name for path in part.glob("*") if path.suffix in PICKLES)
-    pickles = f"; {', '.join(found)} is a pickle: have it converted to safetensors" if found else ""
-    raise CheckpointError(f"no weights in {part}: looked for {', '.join(names)}{pickles}")
+    pickles = [path for path in part.glob(f"*{stem}*") if path.suffix in PICKLES]
+    hint = "".join(f"\n{path.name} is a pickle. To convert it:\n{conversion(path)}" for path in pickles)
+    raise CheckpointError(f"no weights in {part}: looked for {', '.join(names)}{hint}")
 
 
-def read_config(part: Path, read: Mapping, fixed: Mapping, free: tuple[str, ...]) -> dict[str, Any]:
-    c = read_json(part / "config.json")
+def read_config(where: Path, read: Mapping, fixed: Mapping, free: tuple[str, ...]) -> dict[str, Any]:
+    c = read_json(where)
     for field, value in c.items():
         if field in fixed:
-            accept(part / "config.json", c, field, value == fixed[field], fixed[field])
+            accept(where, c, field, value == fixed[field], repr(fixed[field]))
         elif field not in read and field not in free and not field.startswith("_"):
             off = not any(value) if isinstance(value, list) else not value
-            accept(part / "config.json", c, field, off, "null or false")
+            accept(where, c, field, off, "null or false")
     return {**read, **c}
 
 
@@ -217,5 +241,5 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parents[1]} has no {path.parent.name}/{path.name}, and cannot be loaded without")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error

@@ -7,16 +7,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-CONVERT = (
-    "python -c \"import torch, safetensors.torch as s; d = torch.load('{old}', 'cpu', weights_only=True); "
-    "s.save_file({{k: v.contiguous().clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')}},"
-    " '{new}')\""
-)
-
 # Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.
 IGNORED = re.compile(
-    r"model_ema\..*|betas|(alphas_cumprod|posterior|sqrt_(one_minus|recip)|log_one_minus)\w*|scale_factor"
-    r"|denoiser\.sigmas|loss\..*|.*\.position_ids|(.*\.)?(logit_scale|text_projection(\.weight)?)"
+    r"model_ema\..*|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|scale_factor|denoiser\.sigmas|loss\..*"
+    r"|(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?)"
 )
 
 
@@ -64,7 +58,7 @@ def open_safetensors(path: Path) -> safe_open:
     if path.suffix in PICKLES or head.startswith(b"PK"):
         raise CheckpointError(
             f"{path} is a pickle, which may run any code when it is opened: only safetensors files are loaded."
-            f" To convert it:\n{CONVERT.format(old=path, new=path.with_suffix('.safetensors'))}"
+            f" To convert it:\n{conversion(path)}"
         )
     if head.startswith(b"version "):
         raise CheckpointError(f"{path} is a Git LFS pointer ({size} bytes), not the weights: run `git lfs pull` there")
@@ -76,3 +70,12 @@ def open_safetensors(path: Path) -> safe_open:
         raise CheckpointError(
             f"{path} ({size:,} bytes) is truncated or damaged: {error}; download or copy it again"
         ) from error
+
+
+def conversion(path: Path) -> str:
+    """The command that writes a pickle's tensors, and runs no code of it, beside it as safetensors."""
+    return (
+        f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path}', 'cpu', weights_only=True);"
+        " s.save_file({k: v.contiguous().clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')},"
+        f" '{path.with_suffix('.safetensors')}')\""
+    )

@@ -48,7 +48,7 @@ def randomise(net: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
                 if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                     parameter.mul_(0.3).add_(1.0 if name == "weight" else 0.0)
                 elif parameter.ndim == 1:
-                    parameter.mul_(0.3 * gain)
+                    parameter.mul_(0.3 * gain**2)  # as small as what a weight leaves of a quiet input
                 else:
                     parameter.mul_(gain / parameter[0].numel() ** 0.5)
     return net.eval()
@@ -219,7 +219,11 @@ def vae_differences(
     net_class: type[nn.Module], c: VAEConfig, reference: Reference, image: Tensor, z: Tensor
 ) -> dict[str, float]:
     net = twin(net_class, c, reference.net)
-    return differences(net, record(net, lambda net: vae_results(*net.encode(image), net.decode(z))), reference.outputs)
+    outputs = record(net, lambda net: vae_results(*net.encode(image), net.decode(z)))
+    for part in ("encoder", "decoder"):
+        norm = f"{part}.mid_block.attentions.0.group_norm"
+        outputs[norm] = [h.flatten(2) for h in outputs[norm]]  # diffusers normalises (B,C,hw), ours (B,C,h,w)
+    return differences(net, outputs, reference.outputs)
 
 
 # Text encoder
@@ -241,6 +245,7 @@ def transformers_text(c: TextConfig) -> CLIPTextModel:
         num_attention_heads=c.heads,
         max_position_embeddings=c.length,
         hidden_act=c.activation,
+        bos_token_id=None,
         eos_token_id=c.end_token,
     )
     return CLIPTextModel(config)
@@ -248,7 +253,7 @@ def transformers_text(c: TextConfig) -> CLIPTextModel:
 
 @torch.no_grad()
 def text_reference(net: CLIPTextModel, ids: Tensor) -> Reference:
-    """Clip skip n is hidden_states[-n] and then the final LayerNorm (webui's count); pooled is that of the last layer."""
+    """Clip skip n is hidden_states[-n] and then the final LayerNorm (webui's count); pooled is the last layer's."""
     outputs = record(net, lambda net: {"pooled": net(ids).pooler_output}, PREFIX)
     out = net(ids, output_hidden_states=True)
     for n in range(1, len(net.encoder.layers) + 1):

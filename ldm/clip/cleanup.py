@@ -21,7 +21,7 @@ ENTITIES |= {
 
 C1_CONTROLS = {i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)}  # as browsers read them
 LIGATURES = {ord(c): normalize("NFKC", c) for c in "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"} | {ord("ﬅ"): "ſt"}
-WIDTHS = {i: normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]}  # full and half width
+WIDTHS = {i: normalize("NFKC", chr(i)) for i in range(0xFF01, 0xFFF0)}  # full and half width
 PLAIN = C1_CONTROLS | LIGATURES | WIDTHS
 QUOTES = dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 TERMINAL_COLOURS = r"\x1b\[[\d;]*[a-zA-Z]"

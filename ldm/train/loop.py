@@ -6,6 +6,7 @@ of the data and the noise: a run that was stopped and resumed is the run that wa
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,8 @@ def train(
             dict(net=net.state_dict(), optimizer=optimizer.state_dict(), ema=ema, step=step, seconds=seconds),
         )
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to stop is to save and stop
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
     losses: list[float] = []
     saved = last = time.monotonic()
     step = start

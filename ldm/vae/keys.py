@@ -37,11 +37,11 @@ def resnet(part: list[str]) -> list[str]:
 
 
 def old_name(name: str) -> str:
-    """`name` as diffusers before 0.18 wrote it: the attention's four matrices had other names."""
+    """`name` as old versions of diffusers wrote it: the attention's four matrices had other names."""
     match name.split("."):
         case [half, "mid_block", "attentions", "0", *module, kind]:
-            module = ".".join(module)
-            return ".".join([half, "mid_block.attentions.0", OLD_ATTENTION.get(module, module), kind])
+            part = ".".join(module)
+            return ".".join([half, "mid_block.attentions.0", OLD_ATTENTION.get(part, part), kind])
     return name
 
 

@@ -27,7 +27,7 @@ CONFIGS = {
     "quick_gelu": TextConfig(vocab_size=100, length=16, width=32, layers=3, heads=4, end_token=END),
     "gelu": TextConfig(vocab_size=100, length=16, width=48, layers=4, heads=3, activation="gelu", end_token=END),
 }
-MODULES = {"quick_gelu": 0, "gelu": 0}
+MODULES = {"quick_gelu": 36, "gelu": 47}
 
 
 def prompts(length: int) -> Tensor:

@@ -50,6 +50,7 @@ ESCAPES = [
     "\x1b[31m",
     "\x1b[0m",
     "\x1b[1;44m",
+    "\x1b[2J",
     "\x1b[",
     "\x1b",
     "\x1b\x1b[0m[0m",
@@ -95,60 +96,62 @@ MOJIBAKE = [
 ]
 
 
-def random_strings(rng: random.Random, parts: list[str], glue: list[str], count: int = 200) -> list[str]:
+def random_strings(parts: list[str], glue: list[str], count: int = 200) -> list[str]:
+    rng = random.Random(0)
     return ["".join(rng.choice(parts) + rng.choice(glue) for _ in range(rng.randint(1, 8))) for _ in range(count)]
 
 
-def entities(rng: random.Random) -> list[str]:
-    names = [*sorted(ENTITIES), "&amp", "&notit;", "&nosuch;", "&nTILDE;", "&AMPLT;", "&;", "&#;", "&#x;", "&", "&&lt;"]
-    names += ["&#39;", "&#x27;", "&#x2019;", "&#0;", "&#128;", "&#x85;", "&#xD800;", "&#x110000;", "&#59;", "&#38;lt;"]
+def entities() -> list[str]:
+    rng = random.Random(0)
+    odd = ["&amp", "&notit;", "&nosuch;", "&nTILDE;", "&AMPLT;", "&;", "&#;", "&#x;", "&", "&&lt;", "&#39;", "&#x27;"]
+    odd += ["&#x2019;", "&#0;", "&#128;", "&#x85;", "&#xD800;", "&#x110000;", "&#59;", "&#38;lt;", "&amp&#59;"]
+    names = [*sorted(ENTITIES), *odd]
     double = [name.replace("&", "&amp;") for name in names]
     triple = [name.replace("&", "&amp;") for name in rng.sample(double, 100)]
     wide = ["".join(chr(ord(c) + 0xFEE0) for c in name) for name in rng.sample(sorted(ENTITIES), 50)]
-    behind_markup = ["<" + name for name in names[-19:]] + ["a\n<\n" + name + "\nP&EACUTE;REZ" for name in names[-19:]]
-    single = rng.sample(names[:-19], 600) + names[-19:]
-    mixed = random_strings(rng, names + rng.sample(double, 300) + WORDS, ["", " ", ";", "\n", "<", "&"])
-    return single + rng.sample(double, 200) + triple + wide + behind_markup + mixed
+    behind_markup = ["<" + name for name in odd] + ["a\n<\n" + name + "\nP&EACUTE;REZ" for name in odd]
+    mixed = random_strings(names + rng.sample(double, 300) + WORDS, ["", " ", ";", "\n", "<", "&"])
+    return names + rng.sample(double, 200) + triple + wide + behind_markup + mixed
 
 
 def corpus() -> dict[str, list[str]]:
     """Classes of prompts, the same on every run."""
-    rng = random.Random(0)
     accented = [unicodedata.normalize(form, word) for word in WORDS + SCRIPTS for form in ("NFC", "NFD")]
     classes = {
         "empty": ["", " ", "\n", "\x00", "\ufeff", "&nbsp;", "\u200b"],
-        "prompts": [ASTRONAUT] + random_strings(rng, WORDS, [" ", " ", ", "], 400),
+        "prompts": [ASTRONAUT] + random_strings(WORDS, [" ", " ", ", "], 400),
         "contractions": [
             f"{a}{q}{b}"
             for a, q, b in product(["I", "x", ""], QUOTES, ["s", "S", "t", "re", "VE", "m", "ll", "D", "z", "sa"])
         ],
         "numbers": ["0", "10", "1234567890", "3.14", "1,000", "½ ² ٣ Ⅷ ①", "1e-5", "4k8K", "２０２４"],
-        "300 words": [" ".join(rng.choices(WORDS, k=300)) for _ in range(10)],
+        "300 words": [" ".join(random.Random(seed).choices(WORDS, k=300)) for seed in range(10)],
         "one long word": ["a" * 300, "ha" * 150, "!" * 300, "é" * 99, "🤖" * 60, "ab" * 70 + "c"],
-        "prompt syntax": random_strings(rng, WORDS + SIGNS, ["", " "], 300),
-        "white space": random_strings(rng, WORDS, SPACES),
-        "accents": accented + random_strings(rng, accented, ["", " "]),
+        "prompt syntax": random_strings(WORDS + SIGNS, ["", " "], 300),
+        "white space": random_strings(WORDS, SPACES),
+        "accents": accented + random_strings(accented, ["", " "]),
         "combining marks": random_strings(
-            rng, list("aeıinosAE") + WORDS, ["\u0301", "\u0308", "\u0323\u0307", "\u20e3", ""]
+            list("aeıinosAE") + WORDS, ["\u0301", "\u0308", "\u0323\u0307", "\u20e3", ""]
         ),
-        "CJK": CJK + random_strings(rng, CJK, ["", " ", "、"]),
-        "emoji": EMOJI + random_strings(rng, EMOJI + WORDS, ["", " ", "\u200d", "\ufe0f", "🏿"]),
-        "other scripts": SCRIPTS + random_strings(rng, SCRIPTS, ["", " ", "\u200f", "\u202e"]),
-        "odd cases": ODD_CASES + random_strings(rng, ODD_CASES, ["", " "]),
-        "ligatures": LIGATURES + random_strings(rng, LIGATURES, ["", " "]),
+        "CJK": CJK + random_strings(CJK, ["", " ", "、"]),
+        "emoji": EMOJI + random_strings(EMOJI + WORDS, ["", " ", "\u200d", "\ufe0f", "🏿"]),
+        "other scripts": SCRIPTS + random_strings(SCRIPTS, ["", " ", "\u200f", "\u202e"]),
+        "odd cases": ODD_CASES + random_strings(ODD_CASES, ["", " "]),
+        "ligatures": LIGATURES + random_strings(LIGATURES, ["", " "]),
         "full width": ["".join(chr(ord(c) + 0xFEE0) for c in w if "!" <= c <= "~") for w in WORDS + SIGNS]
         + ["\u3000", "ﾊﾟ"],
-        "quotes": random_strings(rng, WORDS, QUOTES),
+        "quotes": random_strings(WORDS, QUOTES),
         "controls": [
             f"a{chr(c)}b {chr(c)} c" for c in [*range(0xA0), *range(0x200B, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFE)]
         ],
-        "terminal escapes": ESCAPES + random_strings(rng, ESCAPES + WORDS, ["", " "]),
+        "terminal escapes": ESCAPES + random_strings(ESCAPES + WORDS, ["", " "]),
         "surrogates": ["\ud83d\ude00", "\ude00\ud83d", "a\ud83d", "\ude00b", "\ud83d\ud83d\ude00", "\ud83d \ude00"],
-        "special tokens": SPECIALS + random_strings(rng, SPECIALS + WORDS, ["", " ", "!"]),
-        "entities": entities(rng),
-        "mojibake": MOJIBAKE + random_strings(rng, MOJIBAKE, [" "], 50),
+        "special tokens": SPECIALS + random_strings(SPECIALS + WORDS, ["", " ", "!"]),
+        "entities": entities(),
+        "mojibake": MOJIBAKE + random_strings(MOJIBAKE, [" "], 50),
     }
     for name, (low, high) in BLOCKS.items():
+        rng = random.Random(0)
         codes = [c for c in range(low, high) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
         classes[name] = ["".join(map(chr, rng.choices([*codes, 0x20], k=rng.randint(1, 20)))) for _ in range(100)]
     return classes
@@ -217,7 +220,7 @@ def test_astronaut(official):
 
 def test_same_ids_as_openai(official, openai):
     same = [text for text in itertools.chain(*CORPUS.values()) if not guessed(text)]
-    assert len(set(same)) >= 6500
+    assert len(set(same)) > 8000
     assert [text for text in same if official.ids(text) != openai.encode(text)] == []
 
 
@@ -235,9 +238,9 @@ def test_every_character_as_openai(official, openai):
 
 
 def test_mojibake_is_the_one_exception(official, openai, monkeypatch):
-    """ftfy's guess concerns these classes and no others; without it OpenAI's tokenizer and ours agree everywhere."""
+    """ftfy's guess concerns these classes alone, 106 texts; without it OpenAI's tokenizer and ours always agree."""
     count = {name: sum(map(guessed, texts)) for name, texts in CORPUS.items()}
-    assert {name: n for name, n in count.items() if n} == {"ligatures": 3, "mojibake": 60, "Latin-1 Supplement": 46}
+    assert {name: n for name, n in count.items() if n} == {"ligatures": 2, "mojibake": 60, "Latin-1 Supplement": 44}
     assert all(official.ids(text) != openai.encode(text) for text in MOJIBAKE)
     monkeypatch.setattr(ftfy, "fix_text", partial(ftfy.fix_text, fix_encoding=False))
     for texts in CORPUS.values():
@@ -280,11 +283,12 @@ def test_openai_where_transformers_differs(official, openai, hub, text):
 
 
 def test_transformers_differs_nowhere_else(official, hub):
-    """On text that is already clean it agrees, but for the last three classes above."""
+    """On text that has nothing to clean it agrees, but for the last three classes above."""
     texts = {clean(text) for text in itertools.chain(*CORPUS.values())}
+    texts = {text for text in texts if clean(text) == text}  # once may not be enough: "&amp;amp;" behind a "<"
     known = re.compile("'ſ|\u0345|<[|][sſ]tartoftext|<[|]endoftext")
     plain = [text for text in texts if not known.search(text)]
-    assert len(plain) > 5500
+    assert len(plain) > 5400
     assert [text for text in plain if official.ids(text) != hub_ids(hub, text)] == []
 
 
@@ -320,7 +324,7 @@ def test_what_just_fits_is_not_cut(official, recwarn):
 
 
 def test_a_long_prompt_is_cut_and_the_rest_shown(official):
-    with pytest.warns(UserWarning, match="79 tokens, 75 fit; cut: 'a café, 中 heart'") as warned:
+    with pytest.warns(UserWarning, match="81 tokens, 75 fit; cut: 'a café , 中 heart'") as warned:
         ids = official("red " * 74 + "blue A CAFÉ, 中 heart")
     assert ids[0].tolist() == [49406] + [736] * 74 + [1746, 49407]
     assert warned[0].filename == __file__

@@ -27,7 +27,7 @@ CONFIGS = {
     "3 levels": VAEConfig(channels=(32, 64, 96), layers=1),
     "8 latent channels": VAEConfig(channels=(24, 48), latent_channels=8, groups=12),
 }
-MODULES = {"4 levels": 0, "3 levels": 0, "8 latent channels": 0}
+MODULES = {"4 levels": 168, "3 levels": 107, "8 latent channels": 104}
 RESULTS = ("mean", "std", "log std", "image")
 
 

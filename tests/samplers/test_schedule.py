@@ -1,0 +1,283 @@
+"""The table and its spacings against diffusers and k-diffusion; every place where they differ on purpose is a test."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from reference import (
+    COUNTS,
+    SD1,
+    TABLE,
+    MixtureNet,
+    diffusers_ddim,
+    diffusers_euler,
+    float64,
+    k_model,
+    k_sampling,
+)
+from torch import Tensor
+
+from ldm.samplers import SPACINGS, Prediction, Schedule, ddim, euler
+from ldm.samplers.schedule import TIMESTEPS
+
+TOLERANCE = 1e-6  # relative: references keep timesteps and sigmas in float32
+EVERY = range(1, 1001)
+T = torch.arange(1000, dtype=torch.float64)
+
+schedule = Schedule()
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest relative difference; of two zeros it is 0."""
+    assert ours.shape == theirs.shape
+    return float(((ours - theirs).abs() / theirs.abs().clamp(min=1e-12)).max())
+
+
+def reference_timesteps(scheduler: EulerDiscreteScheduler | DDIMScheduler) -> Tensor:
+    return scheduler.timesteps.double()
+
+
+# The table
+
+
+def test_table():
+    a = schedule.alphas_cumprod
+    assert a.dtype == torch.float64 and a.shape == (1000,)
+    assert a[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)
+    assert a[999].item() == pytest.approx(0.0046600985, rel=1e-8)
+    assert schedule.sigma_min == pytest.approx(0.02916716, rel=1e-7)
+    assert schedule.sigma_max == pytest.approx(14.61464123, rel=1e-9)
+    assert difference(schedule.sigma(T), torch.from_numpy(TABLE)) < 1e-12
+
+
+def test_difference_float32_table():
+    """diffusers' own table is float32: alphas_cumprod agrees to 1e-6, but the sigma of t = 0 is off by 1.3e-5."""
+    theirs = EulerDiscreteScheduler(**SD1)
+    assert difference(theirs.alphas_cumprod.double(), schedule.alphas_cumprod) < 1e-6
+    sigmas = theirs.sigmas[:-1].flip(0).double()
+    assert 1e-5 < difference(sigmas, schedule.sigma(T)) < 2e-5
+    assert difference(sigmas[99:], schedule.sigma(T[99:])) < 1e-5
+
+
+def test_t_of_sigma():
+    fine = torch.arange(0, 999.001, 0.01, dtype=torch.float64)
+    t = schedule.t(schedule.sigma(fine))
+    assert (schedule.t(schedule.sigma(T)) - T).abs().max() < 1e-9
+    assert (schedule.t(schedule.sigma(T, log=True)) - T).abs().max() < 1e-9
+    assert (schedule.t(schedule.sigma(fine, log=True)) - fine).abs().max() < 1e-9
+    assert (t.diff() > 0).all() and (schedule.sigma(fine).diff() > 0).all()
+    assert schedule.t(0.0) == schedule.t(schedule.sigma_min / 2) == 0
+    assert schedule.t(20.0) == schedule.t(float("inf")) == 999
+
+
+# The spacings against the references
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_diffusers_euler(spacing, steps):
+    theirs = diffusers_euler(spacing, steps, table64=True)
+    sigmas = schedule.sigmas(steps, spacing)
+    assert difference(sigmas, theirs.sigmas.double()) <= TOLERANCE
+    ours = schedule.t(sigmas[:-1]) if spacing == "karras" else TIMESTEPS[spacing](steps)
+    if spacing == "leading":
+        ours = TIMESTEPS[spacing](steps, 1)
+    assert difference(ours, reference_timesteps(theirs)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_diffusers_ddim(spacing, steps):
+    theirs = diffusers_ddim(spacing, steps)
+    assert torch.equal(TIMESTEPS[spacing](steps), reference_timesteps(theirs))
+    sigmas = schedule.sigmas(steps, spacing, end=schedule.sigma_min)
+    last = theirs.final_alpha_cumprod.double()
+    assert sigmas[-1].item() == pytest.approx(float(((1 - last) / last).sqrt()), rel=2e-5)  # a float32 table's
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+def test_k_diffusion(steps):
+    with float64():
+        theirs = k_model(MixtureNet("epsilon")).get_sigmas(steps)
+        karras = k_sampling.get_sigmas_karras(steps, TABLE[0], TABLE[-1])
+    assert difference(schedule.sigmas(steps, "linspace", log=True), theirs) <= TOLERANCE
+    assert difference(schedule.sigmas(steps, "karras"), karras) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0])
+def test_k_diffusion_rho(rho):
+    with float64():
+        theirs = k_sampling.get_sigmas_karras(20, TABLE[0], TABLE[-1], rho)
+    assert difference(schedule.sigmas(20, "karras", rho=rho), theirs) <= TOLERANCE
+
+
+def test_every_count_is_exact():
+    for steps in EVERY:
+        stride = Fraction(1000, steps)
+        assert TIMESTEPS["trailing"](steps).tolist() == [round(1000 - k * stride) - 1 for k in range(steps)]
+        whole = 1000 // steps
+        offset = 1 if steps < 1000 else 0
+        assert TIMESTEPS["leading"](steps).tolist() == [k * whole + offset for k in reversed(range(steps))]
+        part = Fraction(999, max(steps - 1, 1))
+        exact = [float(999 - k * part) for k in range(steps)]
+        assert difference(TIMESTEPS["linspace"](steps), torch.tensor(exact, dtype=torch.float64)) < 1e-12
+
+
+# Where they differ on purpose
+
+
+def test_difference_one_step():
+    """diffusers' Euler starts its only step at t = 0, with no noise to speak of; k-diffusion and we start at 999."""
+    for config in ({}, {"use_karras_sigmas": True}):
+        theirs = EulerDiscreteScheduler(**SD1, **config)
+        theirs.set_timesteps(1)
+        assert theirs.sigmas[0].item() == pytest.approx(schedule.sigma_min, rel=2e-5)
+    for spacing in ("linspace", "karras"):
+        assert schedule.sigmas(1, spacing).tolist() == [pytest.approx(schedule.sigma_max), 0]
+
+
+def test_difference_leading_1000():
+    """diffusers adds the offset even where it leads out of the table."""
+    theirs = DDIMScheduler(**SD1)
+    theirs.set_timesteps(1000)
+    assert theirs.timesteps[0] == 1000
+    with pytest.raises(IndexError):
+        theirs.step(torch.zeros(1), theirs.timesteps[0], torch.zeros(1))
+    assert schedule.sigmas(1000, "leading")[0] == schedule.sigma_max
+
+
+@pytest.mark.parametrize(("steps", "offset"), [(999, 1), (999, 2), (500, 2), (50, 30), (1, 999)])
+def test_leading_stays_in_the_table(steps, offset):
+    sigmas = Schedule(steps_offset=offset).sigmas(steps, "leading")
+    assert sigmas[0] <= schedule.sigma_max and (sigmas.diff() < 0).all()
+
+
+def test_difference_trailing_slips():
+    """np.arange(1000, 0, -1000 / n) slips: a 62nd timestep, -1, for 61 steps; 936 where 936.5 rounds to 938 - 1."""
+    theirs = EulerDiscreteScheduler(**SD1, timestep_spacing="trailing")
+    theirs.set_timesteps(61)
+    assert len(theirs.timesteps) == 62 and theirs.timesteps[-1] == -1
+    slipped = []
+    for steps in EVERY:
+        theirs.set_timesteps(steps)
+        if theirs.timesteps.tolist() != TIMESTEPS["trailing"](steps).tolist():
+            slipped.append(steps)
+    assert len(slipped) == 111 and not set(slipped) & set(COUNTS)
+
+
+def test_difference_ddim_trailing_aims_beside_its_next_timestep():
+    """diffusers' DDIM steps to t - 1000 // n, which is not its next timestep unless n divides 1000: we step to that."""
+
+    def gaps(spacing: str, steps: int) -> set[int]:
+        return set((-diffusers_ddim(spacing, steps).timesteps.diff()).tolist())
+
+    assert [n for n in COUNTS if gaps("trailing", n) - {1000 // n}] == [3, 7, 30, 999]
+    assert [n for n in COUNTS if gaps("leading", n) - {1000 // n}] == []
+
+
+def test_difference_ddim_linspace_rounds():
+    """diffusers' DDIM cannot run between two timesteps."""
+    for steps in COUNTS[1:]:
+        theirs = DDIMScheduler(**SD1, timestep_spacing="linspace")
+        theirs.set_timesteps(steps)
+        assert torch.equal(TIMESTEPS["linspace"](steps).round(), reference_timesteps(theirs))
+
+
+def test_difference_linspace_t():
+    """The sigma of a fractional t is linear in sigma (diffusers), but t(sigma) is linear in log sigma (k-diffusion).
+
+    So the net is told a t up to 0.003 of a timestep off diffusers' within 50 steps, at most 0.026 for any count.
+    """
+    off = {n: float((schedule.t(schedule.sigmas(n)[:-1]) - TIMESTEPS["linspace"](n)).abs().max()) for n in EVERY}
+    assert 0.0025 < max(off[n] for n in range(1, 51)) < 0.003
+    assert 0.025 < max(off.values()) < 0.026
+
+
+def test_difference_karras_range():
+    """diffusers spans Karras' range over the timesteps of its spacing: "leading" cuts both ends off; ours is whole."""
+    theirs = EulerDiscreteScheduler(**SD1, timestep_spacing="leading", use_karras_sigmas=True)
+    theirs.set_timesteps(20)
+    ends = schedule.sigmas(20, "leading")[[0, -2]]
+    assert theirs.sigmas[[0, -2]].tolist() == pytest.approx(ends.tolist(), rel=2e-5)
+    assert schedule.sigmas(20, "karras")[[0, -2]].tolist() == pytest.approx([TABLE[-1], TABLE[0]])
+
+
+def test_difference_ddim_ends_twice_at_0():
+    """Where the last timestep is 0, diffusers with set_alpha_to_one=False makes a last step from t = 0 to t = 0."""
+    theirs = DDIMScheduler(**SD1 | {"steps_offset": 0}, clip_sample=False, set_alpha_to_one=False)
+    theirs.set_timesteps(20)
+    assert theirs.timesteps[-1] == 0 and theirs.final_alpha_cumprod == theirs.alphas_cumprod[0]
+    sigmas = Schedule(steps_offset=0).sigmas(20, "leading", end=schedule.sigma_min)
+    assert sigmas[-2:].tolist() == [schedule.sigma_min, 0]
+
+
+# For every number of steps
+
+
+@pytest.mark.parametrize("end", [0.0, schedule.sigma_min])
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_count_decreases(spacing, log, end):
+    for steps in EVERY:
+        sigmas = schedule.sigmas(steps, spacing, log=log, end=end)
+        assert sigmas.dtype == torch.float64 and sigmas.shape == (steps + 1,)
+        assert (sigmas[1:] < sigmas[:-1]).all(), steps
+        assert sigmas[0] <= schedule.sigma_max and sigmas[-1] in (0, end)
+
+
+@pytest.mark.parametrize(("sampler", "end"), [(ddim, 0.0), (ddim, schedule.sigma_min), (euler, 0.0)])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_count_evaluates_exactly_that_often(spacing, sampler, end):
+    """The samplers are arithmetic on x and sigma: with Python's floats for both they run thirty times as fast."""
+    prediction = Prediction(x0=0.5, eps=1.0)
+    for steps in EVERY:
+        sigmas = schedule.sigmas(steps, spacing, end=end).tolist()
+        asked = []
+        yielded = sum(1 for _ in sampler(lambda x, sigma: asked.append(sigma) or prediction, 1.0, sigmas, None))  # noqa: B023
+        assert asked == sigmas[:-1] and yielded == len(asked) == steps
+
+
+# Configuration and errors
+
+
+def test_default_spacing():
+    assert torch.equal(schedule.sigmas(20), schedule.sigmas(20, "linspace"))
+    assert torch.equal(Schedule(spacing="trailing").sigmas(20), schedule.sigmas(20, "trailing"))
+    assert torch.equal(Schedule(spacing="trailing").sigmas(20, "karras"), schedule.sigmas(20, "karras"))
+
+
+def test_from_config():
+    config = SD1 | {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0, "skip_prk_steps": True}
+    made = Schedule.from_config(config)
+    assert (made.spacing, made.set_alpha_to_one, made.steps_offset) == ("trailing", True, 0)
+    assert torch.equal(made.alphas_cumprod, schedule.alphas_cumprod)
+    bent = Schedule.from_config(SD1 | {"beta_end": 0.02})
+    theirs = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)
+    assert difference(bent.alphas_cumprod, torch.from_numpy(theirs)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"beta_schedule": "linear"},
+        {"num_train_timesteps": 500},
+        {"trained_betas": [0.1, 0.2]},
+        {"rescale_betas_zero_snr": True},
+    ],
+)
+def test_from_config_refuses_other_schedules(other):
+    with pytest.raises(ValueError, match=next(iter(other))):
+        Schedule.from_config(SD1 | other)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1001])
+def test_steps_out_of_range(steps):
+    with pytest.raises(ValueError, match=f"steps={steps}.*from 1 to 1000"):
+        schedule.sigmas(steps)
+
+
+def test_unknown_spacing():
+    with pytest.raises(ValueError, match="'sideways'.*leading, trailing, linspace, karras"):
+        schedule.sigmas(20, "sideways")

@@ -1,0 +1,138 @@
+"""Writes synthetic checkpoints in the official and in diffusers' layouts, with tiny nets or full-size ones."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import ldm.clip.keys
+import ldm.unet.keys
+import ldm.vae.keys
+from ldm.checkpoint import CONTEXT, CONV_IN, SD1, Model
+from ldm.clip import TextConfig, TextEncoder
+from ldm.clip.tokenizer import byte_alphabet
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import VAE, VAEConfig
+
+SD15_SHAPES = json.loads((Path(__file__).parent / "keys" / "sd15.json").read_text())
+
+TINY = Model(
+    unet=UNetConfig(channels=(16, 32), layers=1, depth=(1, 0), heads=4, context_width=24, groups=8),
+    vae=VAEConfig(channels=(8, 16), layers=1, groups=4),
+    text_encoder=TextConfig(vocab_size=520, width=24, layers=2, heads=4, end_token=519),
+    scheduler=SD1.scheduler,
+    size=64,
+)
+TINY_ROW = ("tiny SD 1.x", {CONV_IN: (16, 4, 3, 3), CONTEXT: (16, 24)}, TINY)
+
+
+def tiny_nets(seed=0, dtype=torch.float32):
+    """UNet, VAE and text encoder with random values everywhere, norms and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    nets = UNet(TINY.unet), VAE(TINY.vae), TextEncoder(TINY.text_encoder)
+    for net in nets:
+        for p in net.requires_grad_(False).parameters():
+            p.normal_(std=0.1, generator=generator)
+        net.to(dtype).eval()
+    return nets
+
+
+def official(net, layout=0):
+    """The tensors of a net under the names of a layout (0 is that of the single files), as the official files have
+    them: the VAE's attention is made of 1x1 convolutions."""
+    keys = {UNet: ldm.unet.keys, VAE: ldm.vae.keys, TextEncoder: ldm.clip.keys}[type(net)]
+    tensors = {keys.spellings(net.config, name)[layout]: p for name, p in net.state_dict().items()}
+    return {name: p[..., None, None] if ".attn_1." in name and p.ndim == 2 else p for name, p in tensors.items()}
+
+
+def single_file(nets, ema=False, buffers=False, text_layout=0):
+    unet, vae, text = nets
+    tensors = official(unet) | official(vae) | official(text, text_layout)
+    if ema:
+        for name in official(unet):
+            tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = torch.zeros(1)
+        tensors |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(1)}
+    if buffers:
+        tensors |= {name: torch.zeros(shape) for name, shape in SD15_SHAPES.items() if "." not in name}
+        prefix = "cond_stage_model.transformer." + ("text_model." if text_layout == 0 else "")
+        tensors[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
+    return tensors
+
+
+def write(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def shift(path, by):
+    """Pad the header of a safetensors file with `by` spaces, so that its data start at another alignment."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + by).to_bytes(8, "little") + data[8 : 8 + length] + b" " * by + data[8 + length :])
+    return path
+
+
+def full_size(dtype=torch.float16):
+    """SD 1.5's tensors, all names and shapes, filled from one block of random numbers."""
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    return {
+        name: block.repeat(torch.Size(shape).numel() // len(block) + 1)[: torch.Size(shape).numel()].view(shape)
+        for name, shape in SD15_SHAPES.items()
+    }
+
+
+def vocabulary():
+    """A tokenizer's vocab.json and merges.txt: single bytes, and enough merges for "cat" and "red"."""
+    merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>"), ("t", "h"), ("th", "e</w>")]
+    alphabet = byte_alphabet()
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def diffusers_pipeline(seed=0):
+    """A StableDiffusionPipeline as tiny as TINY, with random values everywhere."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=520,
+            hidden_size=24,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=518,
+            eos_token_id=519,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for net in (unet, vae, text):
+        for p in net.requires_grad_(False).parameters():
+            p.normal_(std=0.1, generator=generator)
+        net.eval()
+    vocab, merges = vocabulary()
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
