@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def free_name(file: Path) -> Path:
     """`file` itself if it is free, else heart-2.png, heart-3.png, ...: nobody's picture is written over."""
-    names = [file, *(file.with_stem(f"{file.stem}-{i}") for i in range(2, 10_000))]
+    names = chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2)))
     return next(name for name in names if not name.exists())
 
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parser().parse_args(argv)
     try:
         a.function(a)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         sys.exit(f"ldm: error: {error}")
     except KeyboardInterrupt:
         sys.exit("ldm: stopped, nothing more was written")

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as 8-bit RGB: transparency falls on white, 16 and 32 bits are scaled and not clipped."""
+    """Any mode as 8-bit RGB, upright as its EXIF says: transparency falls on white, 16 bits are scaled, not clipped."""
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         return Image.fromarray(
             (np.asarray(image).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8)
@@ -36,7 +37,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def to_mask(mask: Image.Image, height: int, width: int) -> Tensor:
     """A mask, white where the picture is repainted -> (1,1,height,width) in {0,1}: nearest, at latent size."""
-    values = torch.from_numpy(np.array(mask.convert("L")))[None, None].float() / 255
+    values = torch.from_numpy(np.array(to_rgb(mask).convert("L")))[None, None].float() / 255
     return (torch.nn.functional.interpolate(values, size=(height, width), mode="nearest") >= 0.5).float()
 
 

@@ -14,10 +14,10 @@ from ldm import checkpoint
 from ldm.clip import TextEncoder
 from ldm.clip.tokenizer import Tokenizer
 from ldm.guidance import guided
-from ldm.image import to_images, to_mask, to_tensor
+from ldm.image import to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import keep_outside, steps_at
 from ldm.noise import SeededNoise
-from ldm.samplers import VARIANCE_PRESERVING, Noise, Schedule, Step, net_denoiser
+from ldm.samplers import VARIANCE_PRESERVING, Schedule, Step, net_denoiser
 from ldm.settings import Settings
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -76,6 +76,8 @@ class Pipeline:
         "v_prediction", where the file does not say or says it wrong. Nothing is downloaded.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}: PyTorch {torch.__version__} sees no GPU here, use device='cpu'")
         dtype = dtype or torch.float32
         allowed = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type != "cpu")
         if dtype not in allowed:
@@ -114,12 +116,15 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
-        x, sigmas, steps = self._begin(settings)
+        x, sigmas, steps, kept = self._begin(settings)
         for step in tqdm(steps, total=len(sigmas) - 1, disable=not progress):
             x = step.x
             if callback is not None:
                 callback(step)
         latents = x / (1 + sigmas[-1] ** 2) ** 0.5  # from the last sigma's scale to the VAE's
+        if kept is not None:  # without the noise that DDIM's last sigma leaves
+            z, mask = kept
+            latents = mask * latents + (1 - mask) * z
         return Output(to_images(self.decode(latents)), latents, settings.seeds, settings)
 
     def stream(self, prompt: str | list[str] = "", **settings: Any) -> Iterator[Step]:
@@ -135,18 +140,14 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B,4,h,w) in the VAE's scale -> (B,3,H,W) float32, about [-1,1]."""
         dtype = self.vae.post_quant_conv.weight.dtype
-        pixels = self.vae.decode(latents.to(dtype) / self.vae.config.scaling_factor).float()
-        if not torch.isfinite(pixels).all():
-            raise FloatingPointError(
-                f"the VAE's decoder returned NaN or infinity, running in {dtype}: load the model with"
-                " dtype=torch.float32 or torch.bfloat16, or give another vae="
-            )
-        return pixels
+        pixels = self.vae.decode(latents.to(dtype) / self.vae.config.scaling_factor)
+        return finite(pixels, "decoder").float()
 
     @torch.no_grad()
-    def _begin(self, s: Settings) -> tuple[Tensor, Tensor, Iterator[Step]]:
-        """x at the first sigma, the sigmas to run, and the loop that has not begun."""
-        width, height = self._size(s)
+    def _begin(self, s: Settings) -> tuple[Tensor, Tensor, Iterator[Step], tuple[Tensor, Tensor] | None]:
+        """x at the first sigma, the sigmas to run, the loop that has not begun, and what a mask keeps: latents, mask."""
+        image = None if s.image is None else to_rgb(s.image)
+        width, height = self._size(s, image)
         factor = self.vae.config.factor
         noise = SeededNoise(s.seeds, (self.vae.config.latent_channels, height // factor, width // factor), self.device)
         sampler = s.sampler_function
@@ -156,11 +157,11 @@ class Pipeline:
         starts_anew = (s.image is None and s.latents is None) or s.strength == 1
         z = None
         if not starts_anew or s.mask is not None:
-            z = self._start_latents(s, width, height, noise)
+            z = self._start_latents(s, image, (width, height), noise)
         if not starts_anew:
             count = steps_at(s.strength, len(sigmas) - 1)
             if count == 0:
-                return z, torch.zeros(1), iter(())
+                return z, torch.zeros(1), iter(()), None
             sigmas = sigmas[-count - 1 :]
         first = s.noise.to(self.device, torch.float32) if s.noise is not None else noise()  # (B,4,h,w)
         if tuple(first.shape) != (s.count, *noise.shape):
@@ -177,10 +178,11 @@ class Pipeline:
             context = torch.cat([self.encode_text(s.negative_texts, s.clip_skip), context])
             both = net_denoiser(self.unet, context, self.schedule, self.prediction_type)
             denoise = guided(both, s.guidance_scale)
-        if s.mask is not None:
-            denoise = keep_outside(denoise, z, to_mask(s.mask, *noise.shape[1:]).to(self.device))
+        kept = None if s.mask is None else (z, to_mask(s.mask, *noise.shape[1:]).to(self.device))
+        if kept is not None:
+            denoise = keep_outside(denoise, *kept)
         options = {"eta": s.eta} if s.eta else {}
-        return x, sigmas, torch.no_grad()(sampler)(denoise, x, sigmas, noise, **options)
+        return x, sigmas, torch.no_grad()(sampler)(denoise, x, sigmas, noise, **options), kept
 
     def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, bool]:
         """The whole schedule of the call, and whether it is spaced "leading"."""
@@ -190,32 +192,42 @@ class Pipeline:
         end = self.schedule.sigma_min if variance_preserving and not self.schedule.set_alpha_to_one else 0.0
         return self.schedule.sigmas(s.steps, spacing, end=end), spacing == "leading"
 
-    def _size(self, s: Settings) -> tuple[int, int]:
+    def _size(self, s: Settings, image: Image.Image | None) -> tuple[int, int]:
         """Width and height in pixels."""
         factor, width, height = self.vae.config.factor, self.size, self.size
-        if s.image is not None:
-            width, height = (max(side // factor * factor, factor) for side in s.image.size)
+        if image is not None:
+            width, height = (max(side // factor * factor, factor) for side in image.size)
         if s.latents is not None:
             height, width = (side * factor for side in s.latents.shape[-2:])
-        width, height = s.width or width, s.height or height
-        if width < factor or height < factor or width % factor or height % factor:
+        width = width if s.width is None else s.width
+        height = height if s.height is None else s.height
+        if width % factor or height % factor:
             raise ValueError(f"size {width}x{height}: width and height must be multiples of {factor} for this model")
         return width, height
 
-    def _start_latents(self, s: Settings, width: int, height: int, noise: Noise) -> Tensor:
-        """The picture to start from, as latents (B,4,h,w) in the VAE's scale."""
+    def _start_latents(self, s: Settings, image: Image.Image | None, size: tuple[int, int], noise: SeededNoise) -> Tensor:
+        """The picture to start from, as latents (B,4,h,w) in the VAE's scale. size: (width, height) in pixels."""
         if s.latents is not None:
-            z = s.latents.to(self.device, torch.float32)
-            if len(z) not in (1, s.count) or z.shape[-2:] != (
-                height // self.vae.config.factor,
-                width // self.vae.config.factor,
-            ):
-                raise ValueError(f"latents of shape {tuple(z.shape)} do not fit {s.count} pictures of {width}x{height}")
-            return z.expand(s.count, -1, -1, -1)
-        image = (
-            s.image if s.image.size == (width, height) else s.image.resize((width, height), Image.Resampling.LANCZOS)
-        )
-        posterior = self.vae.encode(to_tensor(image).to(self.device, self.vae.quant_conv.weight.dtype))
-        # Strength 0 returns the picture: no noise of any kind. Else diffusers' order of draws: the posterior's first.
-        z = posterior.mean.float() if s.strength == 0 else posterior.mean.float() + posterior.std.float() * noise()
+            if tuple(s.latents.shape) not in [(count, *noise.shape) for count in (1, s.count)]:
+                raise ValueError(
+                    f"latents have shape {tuple(s.latents.shape)}: these settings need {(s.count, *noise.shape)},"
+                    " or one picture for all"
+                )
+            return s.latents.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        mean, std = self.vae.encode(to_tensor(image).to(self.device, self.vae.quant_conv.weight.dtype))
+        z = finite(mean, "encoder").float()
+        if s.strength > 0:  # 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
+            z = z + std.float() * noise()
         return (self.vae.config.scaling_factor * z).expand(s.count, -1, -1, -1)
+
+
+def finite(values: Tensor, part: str) -> Tensor:
+    """`values` as they are, if they are numbers."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(
+            f"the VAE's {part} returned NaN or infinity, running in {values.dtype}: load the model with"
+            " dtype=torch.float32 or torch.bfloat16, or give another vae="
+        )
+    return values

@@ -1,14 +1,22 @@
 """The arguments of one call, checked before any work is done."""
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
+
+
+def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
+    """A whole number, Python's or numpy's, from `low` to `high`; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,25 @@ class Settings:
     eta: float = 0.0
 
     def __post_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
+        for name in ("prompt", "negative_prompt"):
+            texts = getattr(self, name)
+            if not isinstance(texts, (str, list, tuple)) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}={texts!r}: give a text, or a list of texts")
+        if not is_whole(self.steps, 1, 1000):
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength}: give a number from 0 (the image) to 1 (all new)")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: give a number from 0 (DDIM) to 1 (DDPM)")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: give a whole number of at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale}: give a number; 1 is no guidance")
+        for name in ("width", "height"):
+            if getattr(self, name) is not None and not is_whole(getattr(self, name), 1):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels, or None")
+        if not is_whole(self.clip_skip, 1):
+            raise ValueError(f"clip_skip={self.clip_skip!r}: give a whole number from 1 (the last layer, no cut)")
+        if not is_whole(self.batch_size, 1):
+            raise ValueError(f"batch_size={self.batch_size!r}: give a whole number of at least 1")
         if isinstance(self.sampler, str) and self.sampler_name not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}: use {', '.join(SAMPLERS)}, or pass a function")
         if isinstance(self.sigmas, str) and self.sigmas not in SPACINGS:
@@ -67,8 +86,15 @@ class Settings:
                 raise ValueError(
                     f"sigmas of shape {tuple(s.shape)}: give one row of at least 2 values that decrease to >= 0"
                 )
-        if self.image is not None and not isinstance(self.image, Image.Image):
-            raise ValueError(f"image is a {type(self.image).__name__}: give a PIL image, e.g. PIL.Image.open(file)")
+        for name in ("image", "mask"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Image.Image):
+                raise ValueError(f"{name} is a {type(value).__name__}: give a PIL image, e.g. PIL.Image.open(file)")
+        for name in ("latents", "noise"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
+                given = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+                raise ValueError(f"{name} {given}: give a tensor (B,4,h,w)")
         if self.image is not None and self.latents is not None:
             raise ValueError("image and latents both say where to start: give one of them")
         if self.mask is not None and self.image is None and self.latents is None:
@@ -79,6 +105,9 @@ class Settings:
             raise ValueError(
                 f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts: give one text, or as many"
             )
+        seeds = self.seed if isinstance(self.seed, Iterable) else [self.seed]
+        if not all(is_whole(seed, 0, 2**64 - 1) for seed in seeds):
+            raise ValueError(f"seed={self.seed!r}: give a whole number from 0 to 2**64 - 1, or a list of them")
         if len(self.seeds) != self.count:
             raise ValueError(f"{len(self.seeds)} seeds for {self.count} pictures: give a number, or one seed each")
         if self.eta and "eta" not in inspect.signature(self.sampler_function).parameters:
@@ -107,7 +136,9 @@ class Settings:
     @property
     def seeds(self) -> list[int]:
         """A seed for each picture."""
-        return [self.seed + i for i in range(self.count)] if isinstance(self.seed, int) else list(self.seed)
+        if isinstance(self.seed, Iterable):
+            return [int(seed) for seed in self.seed]
+        return [int(self.seed) + i for i in range(self.count)]
 
     @property
     def sampler_function(self) -> Sampler:

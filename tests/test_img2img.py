@@ -55,7 +55,7 @@ def dream(x: torch.Tensor, sigma: torch.Tensor) -> Prediction:
 
 @pytest.mark.parametrize("sampler", [ddim, euler])
 def test_outside_stays_on_its_path(sampler):
-    """latents + sigma * noise at every sigma, and the latents in the end; inside, what the denoiser alone makes of it."""
+    """latents + sigma * noise at every sigma, and the latents in the end; inside, what the denoiser makes of it."""
     sigmas = schedule.sigmas(20)
     x = LATENTS + sigmas[0] * NOISE
     steps = list(sampler(keep_outside(dream, LATENTS, MASK), x, sigmas, None))

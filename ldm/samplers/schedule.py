@@ -13,8 +13,9 @@ from torch import Tensor
 
 
 def leading(steps: int, offset: int = 1) -> Tensor:
-    """t = k * (1000 // steps) + offset, as CompVis' DDIM. All 1000 steps leave no room for the offset."""
-    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (1000 // steps) + (offset if steps < 1000 else 0)
+    """t = k * (1000 // steps) + offset, as CompVis' DDIM; of the offset as much as the table has room for."""
+    t = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (1000 // steps)
+    return t + min(offset, 999 - int(t[0]))
 
 
 def trailing(steps: int) -> Tensor:
@@ -56,12 +57,17 @@ class Schedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
         """From a diffusers scheduler_config.json; ValueError for a schedule that is none of Stable Diffusion's."""
-        kind, count = config.get("beta_schedule", "scaled_linear"), config.get("num_train_timesteps", 1000)
-        if kind != "scaled_linear" or count != 1000 or config.get("trained_betas") is not None:
+        known = {
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+        }
+        other = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) != value]
+        if other:
             raise ValueError(
-                f"scheduler_config.json has beta_schedule={kind!r}, num_train_timesteps={count} and"
-                f" {'own' if config.get('trained_betas') is not None else 'no'} trained_betas;"
-                " only 'scaled_linear' with 1000 steps and no trained_betas is known, as in Stable Diffusion"
+                f"scheduler_config.json has {', '.join(other)}: only Stable Diffusion's schedule can be run, "
+                + ", ".join(f"{name}={value!r}" for name, value in known.items())
             )
         return cls(
             config.get("beta_start", 0.00085),

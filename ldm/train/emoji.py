@@ -144,19 +144,17 @@ def fetch(package: str, sha512: str, cache: Path) -> Path:
 def read_icons(tarball: Path) -> Callable[[str], np.ndarray]:
     """A function from an icon's name to its picture (64,64,4) uint8: SVG bodies in one JSON, or WebP of 256x256."""
     with tarfile.open(tarball) as archive:
-        files = {m.name: archive.extractfile(m).read() for m in archive if m.name.endswith((".webp", "/icons.json"))}  # type: ignore[union-attr]
+        wanted = [member for member in archive if member.name.endswith((".webp", "/icons.json"))]
+        files = {member.name: file.read() for member in wanted if (file := archive.extractfile(member))}
     if "package/icons.json" not in files:
-        return lambda name: shrink(
-            Image.open(io.BytesIO(files[f"package/assets/{name}.webp"])), Image.Resampling.LANCZOS
-        )
+        return lambda name: shrink(Image.open(io.BytesIO(files[f"package/assets/{name}.webp"])))
     sheet = json.loads(files["package/icons.json"])
-    return lambda name: shrink(
-        rasterise({k: sheet[k] for k in ("width", "height")} | sheet["icons"][name]), Image.Resampling.BOX
-    )
+    size = {"width": sheet["width"], "height": sheet["height"]}
+    return lambda name: shrink(rasterise(size | sheet["icons"][name]))
 
 
 def rasterise(icon: dict) -> Image.Image:
-    """An icon's SVG body at 240 pixels: 16 samples for each pixel of the result."""
+    """An icon's SVG body, its longer side 240 pixels: 16 samples for each pixel of the result."""
     import resvg_py  # of the extra `train`
 
     width, height = icon["width"], icon["height"]
@@ -167,8 +165,9 @@ def rasterise(icon: dict) -> Image.Image:
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=240, height=240))))
 
 
-def shrink(image: Image.Image, kernel: Image.Resampling) -> np.ndarray:
+def shrink(image: Image.Image) -> np.ndarray:
     """To 60x60 with a margin of 2, filtered with premultiplied alpha -> straight alpha (64,64,4) uint8."""
+    kernel = Image.Resampling.BOX if image.width % 60 == 0 else Image.Resampling.LANCZOS
     rgba = np.asarray(image.convert("RGBA")).astype(np.float32) / np.float32(255)
     rgba[..., :3] *= rgba[..., 3:]
     planes = [

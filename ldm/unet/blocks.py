@@ -1,5 +1,7 @@
 """The UNet's convolutional blocks. (The VAE has twins of them with other eps, other padding and no time.)"""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     t (B,), fractions allowed -> (B,width)
     """
     half = width // 2
-    w = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * w
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 

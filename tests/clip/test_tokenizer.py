@@ -105,6 +105,7 @@ def entities() -> list[str]:
     rng = random.Random(0)
     odd = ["&amp", "&notit;", "&nosuch;", "&nTILDE;", "&AMPLT;", "&;", "&#;", "&#x;", "&", "&&lt;", "&#39;", "&#x27;"]
     odd += ["&#x2019;", "&#0;", "&#128;", "&#x85;", "&#xD800;", "&#x110000;", "&#59;", "&#38;lt;", "&amp&#59;"]
+    odd += [f"&#x{'2019':0>23};", f"&#x{'2019':0>24};"]  # ftfy reads up to 24 characters
     names = [*sorted(ENTITIES), *odd]
     double = [name.replace("&", "&amp;") for name in names]
     triple = [name.replace("&", "&amp;") for name in rng.sample(double, 100)]

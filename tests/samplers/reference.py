@@ -1,4 +1,4 @@
-"""The references, set as Stable Diffusion 1 sets them: diffusers' schedulers and k-diffusion; and denoisers on paper."""
+"""diffusers and k-diffusion, set as Stable Diffusion 1 sets them, and denoisers that are known on paper."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from ldm.samplers import Prediction
+from ldm.samplers import Denoiser, Prediction
 
 COUNTS = (1, 2, 3, 7, 20, 30, 50, 999, 1000)
 
@@ -101,8 +101,8 @@ def diffusers_ddim(spacing: str, steps: int, prediction_type: str = "epsilon", t
     return scheduler
 
 
-def gaussian(mean: float, std: float):
-    """The exact denoiser of data from N(mean, std^2): x0 = E[x0 | x], and eps = sigma (x - mean) / (std^2 + sigma^2)."""
+def gaussian(mean: float, std: float) -> Denoiser:
+    """For data from N(mean, std^2): x0 is E[x0 | x], and eps = sigma (x - mean) / (std^2 + sigma^2)."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
         variance = std**2 + sigma**2

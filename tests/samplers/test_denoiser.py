@@ -54,5 +54,5 @@ def test_not_finite(value):
 
 
 def test_unknown_prediction_type():
-    with pytest.raises(ValueError, match="prediction_type='sample'.*epsilon, v_prediction"):
+    with pytest.raises(ValueError, match=r"prediction_type='sample'.*epsilon, v_prediction"):
         net_denoiser(lambda x, t, context: x, torch.zeros(1), schedule, "sample")

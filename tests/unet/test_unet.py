@@ -109,7 +109,7 @@ TRAPS = {
     "GEGLU's halves": (transformer, {"a, b = self.proj": "b, a = self.proj"}),
     "GEGLU's gelu by tanh": (transformer, {"F.gelu(b)": "F.gelu(b, approximate='tanh')"}),
     "sine before cosine": (blocks, {"[angle.cos(), angle.sin()]": "[angle.sin(), angle.cos()]"}),
-    "largest period of the time embedding": (blocks, {"10000.0 **": "9999.0 **"}),
+    "largest period of the time embedding": (blocks, {"math.log(10000)": "math.log(9999)"}),
     "last frequency of the time embedding": (blocks, {"device=t.device) / half": "device=t.device) / (half - 1)"}),
     "fraction of t": (blocks, {"t.float()": "t.long().float()"}),
     "SiLU in the time embedding": (blocks, {"F.silu(self.linear_1(x))": "F.gelu(self.linear_1(x))"}),
