@@ -68,16 +68,19 @@ def initialise(nets: nn.ModuleDict) -> None:
     nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
 
 
-def min_snr_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) / (SNR + 1), SNR = a / (1 - a): Hang et al. 2023, eq. 9, for a net that predicts v."""
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / (snr + 1)
+def loss_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR + 1, gamma) / (SNR + 1), SNR = a / (1 - a): the weight of the squared error of v.
+
+    The plain loss of v (Salimans & Ho 2022) weighs an error of x0 by SNR + 1; here that is cut off at gamma, as Hang et
+    al. 2023 do with SNR. At high noise, where it is decided what is drawn, the plain loss stays as it is.
+    """
+    return (gamma * (1 - alphas)).clamp(max=1)
 
 
 def train_diffusion(
     file: Path, vae: VAE, folder: Path, *, steps: int = 20_000, batch: int = 64, lr: float = 8e-4, seed: int = 0
 ) -> nn.ModuleDict:
-    """v prediction (Salimans & Ho 2022) with min-SNR weights. Returns the EMA `unet` and `text_encoder`.
+    """v prediction (Salimans & Ho 2022), light on the low noise. Returns the EMA `unet` and `text_encoder`.
 
     `folder` receives the tokenizer, the latents (both are kept from an earlier start) and the state of the loop.
     """
@@ -115,6 +118,6 @@ def train_diffusion(
             context = nets["text_encoder"](tokenizer(texts)).context
             out = nets["unet"](x, t, context)
         loss = F.mse_loss(out.float(), v, reduction="none").mean(dim=(1, 2, 3))
-        return (min_snr_weight(alphas[t]) * loss).mean()
+        return (loss_weight(alphas[t]) * loss).mean()
 
-    return train(nets, loss_of, folder, steps=steps, lr=lr, warmup=500, ema_decay=0.9995)
+    return train(nets, loss_of, folder, steps=steps, lr=lr, warmup=500, ema_decay=0.999)

@@ -1,9 +1,9 @@
 """Rebuild the data set of the default model bit for bit: 8,750 emoji of 64x64 in eight styles.
 
-    python -m ldm.train data --out emoji64_rgba.npz
+    python -m ldm.train data --data emoji64_rgba.npz
 
-downloads 25 MB from the npm registry and renders for about two minutes on one core. The file has `images`
-(8750,64,64,4) uint8, straight alpha, white where alpha is 0, and `captions`, a JSON list of one object a picture.
+downloads 25 MB from the npm registry and renders for 70 s on one core. The file has `images` (8750,64,64,4) uint8,
+straight alpha, white where alpha is 0, and `captions`, a JSON list of one object a picture.
 
 Which icon stands for which concept, its words and its split were chosen with Unicode's names (emojibase-data 17.0.0,
 emojilib 4.0.3), tables made by hand and a look at the pictures. Those choices are data, not rules: they are the

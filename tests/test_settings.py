@@ -1,0 +1,150 @@
+"""What can be asked for; and what cannot is refused with a message that says what was given and what to do."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import SAMPLERS, Settings
+from ldm.parameters import parameters
+from ldm.samplers import SPACINGS, euler
+
+PICTURE = Image.new("RGB", (64, 64))
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *[({"steps": n}, rf"steps={re.escape(repr(n))}: .* 1 to 1000") for n in (0, -1, 1001, 2.0, "20", None, True)],
+        *[({"strength": s}, rf"strength={s}: .* from 0 .* to 1") for s in (-0.01, 1.01, NAN, INF)],
+        *[({"eta": e, "sampler": "ddim"}, rf"eta={e}: .* from 0 .* to 1") for e in (-0.1, 1.1, NAN)],
+        ({"eta": 0.5}, "eta=0.5: the sampler 'euler' has no eta; use 'ddim', or eta=0"),
+        *[({"guidance_scale": s}, f"guidance_scale={s}: give a number") for s in (NAN, INF)],
+        *[({"width": n}, rf"width={n!r}: .* whole number of pixels") for n in (0, -64, 64.0, "64")],
+        *[({"height": n}, rf"height={n!r}: .* whole number of pixels") for n in (0, -64, 64.0, "64")],
+        *[({"batch_size": n}, rf"batch_size={n!r}: .* at least 1") for n in (0, -1, 1.5, True)],
+        *[({"clip_skip": n}, rf"clip_skip={n!r}: .* from 1") for n in (0, -1, 1.5)],
+        ({"sampler": "eular"}, f"unknown sampler 'eular': use {', '.join(SAMPLERS)}, or pass a function"),
+        ({"sigmas": "karas"}, f"unknown spacing sigmas='karas': use {', '.join(SPACINGS)}, or pass a tensor"),
+        ({"image": np.zeros((64, 64, 3))}, r"image is a ndarray: .* PIL\.Image\.open"),
+        ({"image": "cat.png"}, r"image is a str: .* PIL\.Image\.open"),
+        ({"image": PICTURE, "mask": np.zeros((64, 64))}, r"mask is a ndarray: .* PIL\.Image\.open"),
+        ({"mask": PICTURE}, "mask without image: .* image="),
+        ({"image": PICTURE, "latents": torch.zeros(1, 4, 16, 16)}, "image and latents both .* one of them"),
+        *[({name: torch.zeros(4, 16, 16)}, rf"{name} has shape \(4, 16, 16\)") for name in ("latents", "noise")],
+        *[({name: np.zeros((1, 4, 16, 16))}, f"{name} is a ndarray: give a tensor") for name in ("latents", "noise")],
+        ({"prompt": []}, "prompt is an empty list: give at least one text"),
+        ({"prompt": None}, "prompt=None: give a text, or a list of texts"),
+        ({"prompt": ["a", 1]}, r"prompt=\['a', 1\]: give a text"),
+        ({"negative_prompt": None}, "negative_prompt=None: give a text, or a list of texts"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 negative prompts for 2 prompts"),
+        ({"prompt": "a", "negative_prompt": ["c", "d"]}, "2 negative prompts for 1 prompts"),
+        ({"seed": [1, 2]}, "2 seeds for 1 pictures: .* one seed each"),
+        ({"seed": [1, 2], "prompt": ["a", "b"], "batch_size": 2}, "2 seeds for 4 pictures"),
+        ({"seed": []}, "0 seeds for 1 pictures"),
+        *[({"seed": s}, rf"seed={re.escape(repr(s))}: .* 0 to 2\*\*64 - 1") for s in (None, -1, 1.5, 2**64, "1", [0.5])],
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Settings(**settings)
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [
+        torch.tensor([1.0]),
+        torch.tensor([]),
+        torch.tensor([[2.0, 1.0]]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([2.0, 1.0, 1.0]),
+        torch.tensor([2.0, 1.0, -0.1]),
+        torch.tensor([INF, 1.0, 0.0]),
+        torch.tensor([2.0, NAN, 0.0]),
+    ],
+    ids="one none matrix rising level below-0 inf nan".split(),
+)
+def test_sigmas_refused(sigmas):
+    shape = re.escape(str(tuple(sigmas.shape)))
+    with pytest.raises(ValueError, match=rf"sigmas of shape {shape}: .* at least 2 values that decrease to >= 0"):
+        Settings(sigmas=sigmas)
+
+
+def test_unknown_keyword():
+    with pytest.raises(TypeError, match="Settings.* unexpected keyword argument 'num_inference_steps'"):
+        Settings("a", num_inference_steps=20)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prompt": ""},
+        {"prompt": ("a", "b")},
+        {"steps": 1},
+        {"steps": 1000},
+        {"steps": np.int64(20)},
+        {"strength": 0},
+        {"strength": 1},
+        {"eta": 1.0, "sampler": "ddim"},
+        {"guidance_scale": -2},
+        {"sampler": euler},
+        {"sampler": "EulerDiscreteScheduler"},
+        {"sampler": "DDIM", "eta": 0.5},
+        {"sigmas": torch.tensor([1.0, 0.5])},
+        {"sigmas": torch.tensor([3, 2, 0])},
+        {"image": PICTURE, "mask": PICTURE},
+        {"latents": torch.zeros(1, 4, 16, 16), "mask": PICTURE},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+    ],
+    ids=lambda settings: "-".join(settings) or "defaults",
+)
+def test_accepted(settings):
+    Settings(**settings)
+
+
+def test_texts_and_seeds_of_each_picture():
+    s = Settings(["a", "b"], negative_prompt=["c", "d"], batch_size=2, seed=7)
+    assert s.count == 4
+    assert (s.texts, s.negative_texts, s.seeds) == (["a", "a", "b", "b"], ["c", "c", "d", "d"], [7, 8, 9, 10])
+    s = Settings("a", negative_prompt="c", batch_size=2, seed=(5, 0))
+    assert (s.texts, s.negative_texts, s.seeds) == (["a", "a"], ["c", "c"], [5, 0])
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), [np.int64(3)], np.array([3])], ids=["scalar", "list", "array"])
+def test_seeds_of_numpy(seed):
+    """They are Python's numbers afterwards, which do not overflow and which a generator takes."""
+    assert Settings(seed=seed).seeds == [3] and type(Settings(seed=seed).seeds[0]) is int
+
+
+def test_cannot_be_changed_unchecked():
+    with pytest.raises(AttributeError):
+        Settings().steps = 0
+
+
+def test_parameters_as_webui_writes_them():
+    s = Settings(["a", "b, c"], negative_prompt="d", steps=5, sampler="ddim", sigmas="trailing", seed=[1, 2], eta=0.5)
+    assert parameters(s, 1, (64, 48), "my, model") == (
+        "b, c\n"
+        "Negative prompt: d\n"
+        'Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 2, Size: 64x48, Model: "my, model", Schedule type: trailing,'
+        " Eta: 0.5"
+    )
+
+
+def test_parameters_that_need_not_be_written():
+    line = "Steps: 20, Sampler: euler, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: m"
+    assert parameters(Settings("a"), 0, (64, 64), "m") == f"a\n{line}"
+    assert parameters(Settings("a", image=PICTURE, strength=0.5), 0, (64, 64), "m") == (
+        f"a\n{line}, Denoising strength: 0.5"
+    )
+    assert parameters(Settings("a", clip_skip=2), 0, (64, 64), "m") == f"a\n{line}, Clip skip: 2"
+
+
+def test_parameters_count_the_steps_of_a_tensor():
+    s = Settings("a", sigmas=torch.tensor([3.0, 1.0, 0.0]))
+    assert "Steps: 2, " in parameters(s, 0, (64, 64), "m")
