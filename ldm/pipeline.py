@@ -145,19 +145,19 @@ class Pipeline:
 
     @torch.no_grad()
     def _begin(self, s: Settings) -> tuple[Tensor, Tensor, Iterator[Step], tuple[Tensor, Tensor] | None]:
-        """x at the first sigma, the sigmas to run, the loop that has not begun, and what a mask keeps: latents, mask."""
-        image = None if s.image is None else to_rgb(s.image)
-        width, height = self._size(s, image)
+        """x at the first sigma, the sigmas to run, the loop that has not begun, what a mask keeps: (latents, mask)."""
+        start = s.latents if s.image is None else to_rgb(s.image)
+        width, height = self._size(s, start)
         factor = self.vae.config.factor
         noise = SeededNoise(s.seeds, (self.vae.config.latent_channels, height // factor, width // factor), self.device)
         sampler = s.sampler_function
         variance_preserving = sampler in VARIANCE_PRESERVING
 
         sigmas, leading = self._sigmas(s, variance_preserving)
-        starts_anew = (s.image is None and s.latents is None) or s.strength == 1
-        z = None
-        if not starts_anew or s.mask is not None:
-            z = self._start_latents(s, image, (width, height), noise)
+        starts_anew = start is None or s.strength == 1
+        z = torch.zeros(())
+        if start is not None and (s.strength < 1 or s.mask is not None):
+            z = self._start_latents(s, start, (width, height), noise)
         if not starts_anew:
             count = steps_at(s.strength, len(sigmas) - 1)
             if count == 0:
@@ -192,31 +192,33 @@ class Pipeline:
         end = self.schedule.sigma_min if variance_preserving and not self.schedule.set_alpha_to_one else 0.0
         return self.schedule.sigmas(s.steps, spacing, end=end), spacing == "leading"
 
-    def _size(self, s: Settings, image: Image.Image | None) -> tuple[int, int]:
+    def _size(self, s: Settings, start: Image.Image | Tensor | None) -> tuple[int, int]:
         """Width and height in pixels."""
         factor, width, height = self.vae.config.factor, self.size, self.size
-        if image is not None:
-            width, height = (max(side // factor * factor, factor) for side in image.size)
-        if s.latents is not None:
-            height, width = (side * factor for side in s.latents.shape[-2:])
+        if isinstance(start, Image.Image):
+            width, height = (max(side // factor * factor, factor) for side in start.size)
+        elif start is not None:
+            height, width = (side * factor for side in start.shape[-2:])
         width = width if s.width is None else s.width
         height = height if s.height is None else s.height
         if width % factor or height % factor:
             raise ValueError(f"size {width}x{height}: width and height must be multiples of {factor} for this model")
         return width, height
 
-    def _start_latents(self, s: Settings, image: Image.Image | None, size: tuple[int, int], noise: SeededNoise) -> Tensor:
+    def _start_latents(
+        self, s: Settings, start: Image.Image | Tensor, size: tuple[int, int], noise: SeededNoise
+    ) -> Tensor:
         """The picture to start from, as latents (B,4,h,w) in the VAE's scale. size: (width, height) in pixels."""
-        if s.latents is not None:
-            if tuple(s.latents.shape) not in [(count, *noise.shape) for count in (1, s.count)]:
+        if isinstance(start, Tensor):
+            if tuple(start.shape) not in [(count, *noise.shape) for count in (1, s.count)]:
                 raise ValueError(
-                    f"latents have shape {tuple(s.latents.shape)}: these settings need {(s.count, *noise.shape)},"
+                    f"latents have shape {tuple(start.shape)}: these settings need {(s.count, *noise.shape)},"
                     " or one picture for all"
                 )
-            return s.latents.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.LANCZOS)
-        mean, std = self.vae.encode(to_tensor(image).to(self.device, self.vae.quant_conv.weight.dtype))
+            return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
+        if start.size != size:
+            start = start.resize(size, Image.Resampling.LANCZOS)
+        mean, std = self.vae.encode(to_tensor(start).to(self.device, self.vae.quant_conv.weight.dtype))
         z = finite(mean, "encoder").float()
         if s.strength > 0:  # 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
             z = z + std.float() * noise()

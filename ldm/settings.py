@@ -93,7 +93,9 @@ class Settings:
         for name in ("latents", "noise"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
-                given = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+                given = (
+                    f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+                )
                 raise ValueError(f"{name} {given}: give a tensor (B,4,h,w)")
         if self.image is not None and self.latents is not None:
             raise ValueError("image and latents both say where to start: give one of them")
@@ -103,7 +105,8 @@ class Settings:
             raise ValueError("prompt is an empty list: give at least one text")
         if not isinstance(self.negative_prompt, str) and len(self.negative_prompt) != len(self.prompts):
             raise ValueError(
-                f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts: give one text, or as many"
+                f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts:"
+                " give one text, or as many"
             )
         seeds = self.seed if isinstance(self.seed, Iterable) else [self.seed]
         if not all(is_whole(seed, 0, 2**64 - 1) for seed in seeds):

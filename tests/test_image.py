@@ -36,7 +36,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
     [
         (raw("RGB", b"\1\2\3", b"\377\0\0"), [(1, 2, 3), RED]),
         (raw("L", b"\0", b"\200", b"\377"), [(0,) * 3, (128,) * 3, WHITE]),
-        (raw("1", b"\200").crop((0, 0, 1, 1)), [WHITE]),
+        (Image.frombytes("1", (2, 1), b"\x80"), [WHITE, (0, 0, 0)]),
         # What is transparent shows the white page, not the colour that is stored under it.
         (raw("RGBA", b"\377\0\0\377", b"\0\0\0\0", b"\0\0\0\200"), [RED, WHITE, (127,) * 3]),
         (raw("LA", b"\7\377", b"\0\0", b"\0\200"), [(7,) * 3, WHITE, (127,) * 3]),
@@ -49,7 +49,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
         (raw("I;16B", b"\0\0", b"\200\0", b"\377\377", b"\0\200"), [(0,) * 3, (128,) * 3, WHITE, (0,) * 3]),
         (Image.fromarray(np.array([[0, 32768, 65535]], np.int32)), [(0,) * 3, (128,) * 3, WHITE]),
     ],
-    ids="RGB L 1 RGBA LA P P-index P-alphas CMYK I;16 I;16B I".split(),
+    ids=["RGB", "L", "1", "RGBA", "LA", "P", "P-index", "P-alphas", "CMYK", "I;16", "I;16B", "I"],
 )
 def test_modes(image, expected):
     assert pixels(to_rgb(image)) == expected
@@ -60,10 +60,11 @@ def test_modes(image, expected):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "I;16", "1"])
 def test_modes_of_a_file(mode):
     """As PIL opens it: with a file's own info."""
-    file = io.BytesIO()
-    grey = {"RGBA": (200, 200, 200, 255), "LA": (200, 255), "I;16": 200 * 257, "1": 255}.get(mode, 200)
-    Image.new(mode, (1, 1), grey).save(file, "PNG")
-    assert pixels(to_rgb(Image.open(file))) == [(255,) * 3 if mode == "1" else (200,) * 3]
+    file, grey = io.BytesIO(), Image.new("L", (1, 1), 255 if mode == "1" else 200)
+    image = Image.fromarray(np.array(grey, np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    assert image.mode == mode
+    image.save(file, "PNG")
+    assert pixels(to_rgb(Image.open(file))) == [(grey.getpixel((0, 0)),) * 3]
 
 
 def test_16_bit_tiff_of_either_order():
@@ -143,7 +144,7 @@ def test_mask_is_nearest_at_latent_size():
     [
         (raw("L", b"\0", b"\177", b"\200", b"\377"), [0, 0, 1, 1]),
         (raw("I;16", b"\0\0", b"\0\1", b"\0\200", b"\377\377"), [0, 0, 1, 1]),
-        (raw("1", b"\100").crop((0, 0, 4, 1)), [0, 1, 0, 0]),
+        (Image.frombytes("1", (4, 1), b"\x40"), [0, 1, 0, 0]),
         (raw("RGBA", b"\0\0\0\377", b"\377\377\377\377", b"\0\0\0\0", b"\0\0\0\377"), [0, 1, 1, 0]),
     ],
     ids=["L", "I;16", "1", "RGBA"],

@@ -45,7 +45,10 @@ NAN, INF = float("nan"), float("inf")
         ({"seed": [1, 2]}, "2 seeds for 1 pictures: .* one seed each"),
         ({"seed": [1, 2], "prompt": ["a", "b"], "batch_size": 2}, "2 seeds for 4 pictures"),
         ({"seed": []}, "0 seeds for 1 pictures"),
-        *[({"seed": s}, rf"seed={re.escape(repr(s))}: .* 0 to 2\*\*64 - 1") for s in (None, -1, 1.5, 2**64, "1", [0.5])],
+        *[
+            ({"seed": s}, rf"seed={re.escape(repr(s))}: .* 0 to 2\*\*64 - 1")
+            for s in (None, -1, 1.5, 2**64, "1", [0.5])
+        ],
     ],
 )
 def test_refused(settings, message):
@@ -65,7 +68,7 @@ def test_refused(settings, message):
         torch.tensor([INF, 1.0, 0.0]),
         torch.tensor([2.0, NAN, 0.0]),
     ],
-    ids="one none matrix rising level below-0 inf nan".split(),
+    ids=["one", "none", "matrix", "rising", "level", "below-0", "inf", "nan"],
 )
 def test_sigmas_refused(sigmas):
     shape = re.escape(str(tuple(sigmas.shape)))
@@ -74,7 +77,7 @@ def test_sigmas_refused(sigmas):
 
 
 def test_unknown_keyword():
-    with pytest.raises(TypeError, match="Settings.* unexpected keyword argument 'num_inference_steps'"):
+    with pytest.raises(TypeError, match=r"Settings.* unexpected keyword argument 'num_inference_steps'"):
         Settings("a", num_inference_steps=20)
 
 

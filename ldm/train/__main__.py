@@ -1,63 +1,89 @@
-"""Train the default model: `python -m ldm.train emoji` does all of it, the other verbs are its parts.
+"""Train the default model, emoji-64. `emoji` does all of it; the other verbs are its parts, in their order.
 
-    python -m ldm.train data --data emoji64.npz                     rebuild the pictures from their packages
-    python -m ldm.train vae --data emoji64.npz --runs runs          train the VAE
-    python -m ldm.train diffusion --data emoji64.npz --runs runs    train the UNet and the text encoder
-    python -m ldm.train export --runs runs --out weights/emoji-64   write what has been learnt so far
-    python -m ldm.train evaluate --data emoji64.npz                 measure the default model
+    python -m ldm.train emoji       everything below, about six hours on two cores; needs npm and the extra "train"
+    python -m ldm.train data        rebuild the pictures from their npm packages
+    python -m ldm.train vae         train the VAE
+    python -m ldm.train diffusion   train the UNet and the text encoder on the VAE's latents
+    python -m ldm.train export      write what has been learnt so far as a diffusers folder
+    python -m ldm.train evaluate    measure a model; draw its contact sheet and, where the logs are, the loss curves
 
-A training that was stopped goes on where it was when the same command is given again.
+A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was when the same command is given again.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ldm.clip import TextEncoder
+from ldm.pipeline import Pipeline
 from ldm.train.diffusion import TEXT, UNET, train_diffusion
+from ldm.train.emoji import build
+from ldm.train.evaluate import contact_sheet, evaluate, plot_loss, sheet_prompts
 from ldm.train.export import export
 from ldm.train.vae import CONFIG, train_vae
 from ldm.unet import UNet
 from ldm.vae import VAE
 
 
-def load_vae(runs: Path) -> VAE:
+def trained_vae(runs: Path) -> VAE:
     vae = VAE(CONFIG)
     vae.load_state_dict(torch.load(runs / "vae" / "state.pt", weights_only=True)["ema"])
     return vae.eval().requires_grad_(False)
 
 
-def export_runs(runs: Path, out: Path) -> None:
-    from dataclasses import replace
+def data_verb(a: argparse.Namespace) -> None:
+    if not a.data.exists():
+        build(a.data, a.runs / "packages")
 
-    folder = runs / "diffusion"
-    vae = load_vae(runs)
+
+def vae_verb(a: argparse.Namespace) -> None:
+    train_vae(a.data, a.runs / "vae")
+
+
+def diffusion_verb(a: argparse.Namespace) -> None:
+    train_diffusion(a.data, trained_vae(a.runs), a.runs / "diffusion", steps=a.steps)
+
+
+def export_verb(a: argparse.Namespace) -> None:
+    folder, vae = a.runs / "diffusion", trained_vae(a.runs)
     vae.config = replace(CONFIG, scaling_factor=torch.load(folder / "latents.pt", weights_only=True)["scaling_factor"])
-    nets = torch.nn.ModuleDict(dict(unet=UNet(UNET), text_encoder=TextEncoder(TEXT)))
+    nets = nn.ModuleDict(dict(unet=UNet(UNET), text_encoder=TextEncoder(TEXT)))
     nets.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["ema"])
-    export(nets["unet"], vae, nets["text_encoder"], folder / "tokenizer", out)
+    export(nets["unet"], vae, nets["text_encoder"], folder / "tokenizer", a.model)
+
+
+def evaluate_verb(a: argparse.Namespace) -> None:
+    evaluate(a.model, a.data)
+    contact_sheet(Pipeline.from_pretrained(a.model), sheet_prompts(a.data), a.model.parent / "sheet.png")
+    logs = {name: a.runs / name / "log.jsonl" for name in ("vae", "diffusion")}
+    if all(log.exists() for log in logs.values()):
+        plot_loss(logs, a.model.parent / "loss.png")
+
+
+PARTS = {
+    "data": data_verb,
+    "vae": vae_verb,
+    "diffusion": diffusion_verb,
+    "export": export_verb,
+    "evaluate": evaluate_verb,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ldm.train", description=__doc__)
-    parser.add_argument("verb", choices=["emoji", "data", "vae", "diffusion", "export", "evaluate"])
-    parser.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--out", type=Path, default=Path("weights/emoji-64"))
-    parser.add_argument("--steps", type=int)
+    parser = argparse.ArgumentParser(
+        prog="python -m ldm.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=["emoji", *PARTS])
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
+    parser.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=20_000, help="of the diffusion, 64 pictures each")
     a = parser.parse_args()
-    steps = {} if a.steps is None else {"steps": a.steps}
-    if a.verb in ("emoji", "data") and not a.data.exists():
-        from ldm.train.emoji import build
-
-        build(a.data, a.data.parent / "packages")
-    if a.verb in ("emoji", "vae"):
-        train_vae(a.data, a.runs / "vae", **steps)
-    if a.verb in ("emoji", "diffusion"):
-        train_diffusion(a.data, load_vae(a.runs), a.runs / "diffusion", **steps)
-    if a.verb in ("emoji", "export"):
-        export_runs(a.runs, a.out)
+    for verb in PARTS if a.verb == "emoji" else [a.verb]:
+        PARTS[verb](a)
 
 
 if __name__ == "__main__":

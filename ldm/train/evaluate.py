@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.image import save_png
+from ldm.image import save_png, to_images
 from ldm.pipeline import Pipeline
 from ldm.train import data
 from ldm.train.captions import caption
@@ -38,7 +38,7 @@ def evaluate(
     guidance_scale: float = 7.5,
     seed: int = 0,
 ) -> dict:
-    """Print a Markdown report and return its numbers: {"vae_psnr": {split: dB}, prompts: {pictures: {score: fraction}}}.
+    """Print a Markdown report; return {"vae_psnr": {split: dB}, kind of prompts: {pictures: {score: fraction}}}.
 
     model_folder: as in `Pipeline.from_pretrained`. count: at most so many rows of each kind, drawn by a hash of the
     seed (the splits test_pair and test_attribute have 392 and 50). Picture i of a kind has the seed `seed + i`.
@@ -108,9 +108,9 @@ def psnr(vae: VAE, images: np.ndarray) -> float:
     weight = vae.post_quant_conv.weight
     for i in range(0, len(images), BATCH):
         real = images[i : i + BATCH]
-        out = vae.decode(vae.encode(data.to_tensor(real).to(weight)).mean).float().cpu()
-        out = ((out.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
-        mse = ((out - real) ** 2).mean((1, 2, 3))
+        out = vae.decode(vae.encode(data.to_tensor(real).to(weight)).mean)
+        pixels = np.stack([np.asarray(image) for image in to_images(out)])
+        mse = ((pixels.astype(np.float32) - real) ** 2).mean((1, 2, 3))
         ratios += (10 * np.log10(255**2 / mse)).tolist()
     return float(np.mean(ratios))
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import gaussian, mixture
+from samplers.reference import gaussian, mixture
 from torch import Tensor
 
 from ldm.samplers import SAMPLERS, SPACINGS, Denoiser, Prediction, Schedule, ddim, euler

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from reference import (
+from samplers.reference import (
     COUNTS,
     TABLE,
     MixtureNet,

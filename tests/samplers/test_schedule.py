@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from reference import (
+from samplers.reference import (
     COUNTS,
     SD1,
     TABLE,

@@ -1,0 +1,261 @@
+"""The command line, run in this process; once as a command of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sd_parsers import ParserManager
+
+import ldm
+from ldm.__main__ import main, parser
+from ldm.pipeline import DEFAULT_MODEL
+from ldm.unet import UNet
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ldm.Pipeline.from_pretrained()
+
+
+def files():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def pixels(image):
+    return np.asarray(Image.open(image) if isinstance(image, str) else image).tolist()
+
+
+def fails(capsys, *argv):
+    """What it says on stderr when it gives up: one line and no traceback, and no file is left."""
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--quiet"])
+    assert stop.value.code not in (0, None) and files() == before
+    said = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code  # 1 and a message, or 2
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("verb", [[], ["generate"]])
+def test_prompt_to_file(verb, pipe, capsys):
+    main([*verb, "a red heart", "-o", "x.png", "--steps", "3", "--seed", "1"])
+    out, err = capsys.readouterr()
+    assert out == "x.png\n" and "3/3" in err and files() == ["x.png"]
+    assert pixels("x.png") == pixels(pipe("a red heart", steps=3, seed=1, progress=False).images[0])
+
+
+def test_options_before_the_prompt(capsys):
+    main(["--steps", "1", "--quiet", "-o", "x.png", "a red heart"])
+    assert files() == ["x.png"]
+    assert capsys.readouterr() == ("x.png\n", "")
+
+
+def test_several(pipe, capsys):
+    main(["fire", "-o", "x.png", "-n", "2", "--steps", "1", "--seed", "4"])
+    assert capsys.readouterr().out == "x.png\nx-2.png\n" and files() == ["x-2.png", "x.png"]
+    out = pipe("fire", batch_size=2, steps=1, seed=4, progress=False)
+    assert pixels("x.png") == pixels(out.images[0]) and pixels("x-2.png") == pixels(out.images[1])
+    assert [Image.open(name).text["parameters"].partition("Seed: ")[2][0] for name in ("x.png", "x-2.png")] == [
+        "4",
+        "5",
+    ]
+
+
+def test_nothing_is_written_over(capsys):
+    Path("x.png").write_text("mine")
+    Path("x-2.png").mkdir()
+    main(["fire", "-o", "x.png", "--steps", "1", "-n", "2"])
+    assert capsys.readouterr().out == "x-3.png\nx-4.png\n"
+    assert Path("x.png").read_text() == "mine" and files() == ["x-2.png", "x-3.png", "x-4.png", "x.png"]
+
+
+def test_every_setting(pipe, capsys):
+    x, y = np.meshgrid(np.arange(40), np.arange(32))
+    Image.fromarray(np.stack([6 * x, 8 * y, 3 * x], -1).astype(np.uint8)).save("in.png")
+    mask = Image.new("L", (40, 32))
+    mask.paste(255, (0, 0, 20, 32))
+    mask.save("mask.png")
+    settings = {
+        "negative_prompt": "blue",
+        "steps": 4,
+        "guidance_scale": 3.5,
+        "sampler": "ddim",
+        "sigmas": "trailing",
+        "seed": 9,
+        "width": 48,
+        "height": 40,
+        "clip_skip": 2,
+        "image": Image.open("in.png"),
+        "strength": 0.5,
+        "mask": Image.open("mask.png"),
+        "eta": 0.25,
+    }
+    argv = []
+    for name, value in settings.items():
+        argv += ["--" + name.replace("_", "-"), {"image": "in.png", "mask": "mask.png"}.get(name, str(value))]
+    main(["fire", "-o", "x.png", "--quiet", *argv])
+    assert pixels("x.png") == pixels(pipe("fire", **settings, progress=False).images[0])
+    named = {field.name for field in fields(ldm.Settings)}
+    assert named - set(settings) == {"prompt", "batch_size", "latents", "noise"}  # -n; tensors have no spelling
+
+
+def test_defaults_are_the_pipelines():
+    args = vars(parser().parse_args(["generate", "fire"]))
+    args["batch_size"] = args["n"]
+    for field in fields(ldm.Settings):
+        if field.name not in ("prompt", "latents", "noise"):
+            assert args[field.name] == field.default
+
+
+def test_model_vae_and_dtype(pipe, capsys):
+    argv = ["--model", str(DEFAULT_MODEL), "--vae", str(DEFAULT_MODEL / "vae"), "--device", "cpu"]
+    main(["fire", "-o", "x.png", "--steps", "1", "--dtype", "bfloat16", *argv])
+    half = ldm.Pipeline.from_pretrained(DEFAULT_MODEL, dtype=torch.bfloat16)
+    assert pixels("x.png") == pixels(half("fire", steps=1, progress=False).images[0])
+    other = {"v_prediction": "epsilon", "epsilon": "v_prediction"}[pipe.prediction_type]
+    main(["fire", "-o", "y.png", "--steps", "1", "--prediction-type", other])
+    assert pixels("y.png") != pixels(pipe("fire", steps=1, progress=False).images[0])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in fields(ldm.Settings):
+        if field.name not in ("prompt", "batch_size", "latents", "noise"):
+            assert f"--{field.name.replace('_', '-')} " in said
+    for option in ("prompt", "-n COUNT", "--output", "--model", "--vae", "--dtype", "--device", "--prediction-type"):
+        assert option in said
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0 and "generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "0"], "ldm: error: steps=0: give a whole number from 1 to 1000"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--sampler", "eular"], "ldm: error: unknown sampler 'eular': use ddim, euler"),
+        (["--sigmas", "karas"], "argument --sigmas: invalid choice: 'karas'"),
+        (["--strength", "2"], "ldm: error: strength=2.0: give a number from 0"),
+        (["--guidance-scale", "nan"], "ldm: error: guidance_scale=nan"),
+        (["--width", "61"], "ldm: error: size 61x"),
+        (["--clip-skip", "99"], "ldm: error: clip_skip=99"),
+        (["--seed", "-1"], "ldm: error: seed=-1: give a whole number from 0"),
+        (["-n", "0"], "ldm: error: batch_size=0"),
+        (["--image", "none.png"], "ldm: error: [Errno 2] No such file or directory: "),
+        (["--image", __file__], "ldm: error: cannot identify image file"),
+        (["--mask", str(ROOT / "in.png")], "ldm: error: [Errno 2] No such file or directory: "),
+        (["--model", "none.safetensors"], "ldm: error: none.safetensors does not exist"),
+        (["--model", "."], "ldm: error: . is not a diffusers folder"),
+        (["--vae", "none.safetensors"], "ldm: error: none.safetensors does not exist"),
+        (["--dtype", "float16", "--device", "cpu"], "ldm: error: dtype=torch.float16 on cpu"),
+        (["--device", "toaster"], "ldm: error: Expected one of cpu, cuda"),
+        (["-o", "x.jpg"], "ldm: error: output x.jpg: give a name that ends in .png"),
+        (["-o", "none/x.png"], "ldm: error: output none/x.png: the folder "),
+        (["--num-inference-steps", "3"], "unrecognized arguments: --num-inference-steps 3"),
+    ],
+    ids=lambda value: value[0] + value[1][-4:] if isinstance(value, list) else "",
+)
+def test_errors(argv, message, capsys):
+    assert message in fails(capsys, "fire", *argv)
+
+
+def test_nothing_to_draw(capsys):
+    assert "required" in fails(capsys)
+
+
+def test_nan_in_the_unet(capsys, monkeypatch):
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context: x * torch.nan)
+    assert "ldm: error: the UNet returned NaN" in fails(capsys, "fire")
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_stopped_while_drawing(capsys, monkeypatch):
+    monkeypatch.setattr(UNet, "forward", interrupt)
+    assert fails(capsys, "fire", "-o", "x.png") == "ldm: stopped, nothing more was written"
+
+
+def test_stopped_while_saving(capsys, monkeypatch):
+    save = Image.Image.save
+
+    def half(image, file, **options):
+        save(image, file, **options)
+        os.truncate(file, 100)
+        interrupt()
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    assert fails(capsys, "fire", "-o", "x.png", "--steps", "1") == "ldm: stopped, nothing more was written"
+
+
+def test_disk_full(capsys, monkeypatch):
+    def full(image, file, **options):
+        Path(file).write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "ldm: error: [Errno 28] No space left" in fails(capsys, "fire", "-o", "x.png", "--steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [
+        ("a red heart", ""),
+        ("a red heart", "blue, blurry"),
+        ("first line\nsecond line\n\nlast", "one\ntwo"),
+        ("red, green, blue: three", "x: 1, y: 2"),
+        ("the \"best\" 'cat'", '"'),
+        ("ein Äpfel ♥ 猫 😀 e\u0301", "çirkin ☠"),
+        ("{a} [b] (c:1.2) <d> \\ /", "(bad:1.3)"),
+        ("Steps: 9, Sampler: none, CFG scale: 1, Seed: 77", "Steps: 8"),
+    ],
+)
+def test_readers_of_webuis_pictures(prompt, negative):
+    main([prompt, "--negative-prompt", negative, "-o", "x.png", "--steps", "2", "--seed", "123", "--sampler", "ddim"])
+    info = ParserManager().parse("x.png")
+    assert info.generator == "AUTOMATIC1111"
+    assert info.full_prompt == prompt and info.full_negative_prompt == negative
+    (sampler,) = info.samplers
+    assert sampler.name == "ddim" and sampler.model.name == DEFAULT_MODEL.resolve().name
+    read = sampler.parameters
+    assert (read["steps"], read["seed"], read["cfg_scale"]) == ("2", "123", "7.5")
+    side = Image.open("x.png").width
+    assert info.metadata == {"Size": f"{side}x{side}"}
+
+
+def test_as_a_command(folder):
+    """In another process and folder."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ldm", "fire", "-o", "x.png", "--steps"]
+    done = subprocess.run([*command, "2"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "x.png\n") and "2/2" in done.stderr
+    Image.open("x.png").verify()

@@ -1,0 +1,340 @@
+"""The data set and what is measured on it, with made-up pictures: neither npm nor a network is needed."""
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.train import data, emoji, evaluate
+from ldm.train.captions import caption
+from ldm.train.judge import Judge, squared_distances, thumbnails
+from ldm.vae.vae import Gaussian
+
+STYLES = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
+CONCEPTS, HELD_OUT = 24, 4  # the last four concepts are in no training picture
+STRAY = (22, "red")  # this picture shows something else
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """RGBA pictures and captions: a concept is a pattern of 8x8 cells, a style its colour."""
+    random = np.random.default_rng(0)
+    images, meta = [], []
+    for c in range(CONCEPTS):
+        pattern = random.random((8, 8)) < 0.5
+        for s, (style, colour) in enumerate(STYLES.items()):
+            cells = random.random((8, 8)) < 0.5 if (c, style) == STRAY else pattern
+            cells = cells ^ (random.random((8, 8)) < 0.05)  # no two drawings are the same
+            picture = np.empty((64, 64, 4), np.uint8)
+            picture[..., :3] = np.clip(colour + random.normal(0, 8, (64, 64, 3)), 0, 255)
+            picture[..., 3] = 255 * np.kron(cells, np.ones((8, 8), np.uint8))
+            images.append(picture)
+            split = "test_attribute" if c >= CONCEPTS - HELD_OUT else "test_pair" if s == c % 7 else "train"
+            meta.append({"hex": f"{c:04x}", "label": f"thing {c}", "style": style, "split": split, "tags": []})
+    return np.stack(images), meta
+
+
+@pytest.fixture(scope="module")
+def file(rows, tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "data.npz"
+    emoji.write(file, rows[0], json.dumps(rows[1]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def judge(file):
+    return Judge(file)
+
+
+def of_split(meta, split):
+    return [i for i, m in enumerate(meta) if m["split"] == split]
+
+
+def pairs(meta, chosen):
+    return [(meta[i]["hex"], meta[i]["style"]) for i in chosen]
+
+
+class TestJudge:
+    def test_finds_planted_concepts_and_styles_that_it_was_not_fitted_on(self, judge, rows):
+        images, meta = data.composite(rows[0]), rows[1]
+        for split in ("test_pair", "test_attribute"):
+            chosen = [i for i in of_split(meta, split) if (int(meta[i]["hex"], 16), meta[i]["style"]) != STRAY]
+            assert judge.score(images[chosen], pairs(meta, chosen)) == dict.fromkeys(
+                ("concept_top1", "concept_top5", "style", "both"), 1.0
+            )
+
+    def test_wrong_concept_or_wrong_style_counts_as_such(self, judge, rows):
+        images, meta = data.composite(rows[0]), rows[1]
+        chosen = of_split(meta, "test_pair")
+        other_style = [(concept, {"red": "green"}.get(style, "red")) for concept, style in pairs(meta, chosen)]
+        score = judge.score(images[chosen], other_style)
+        assert (score["concept_top1"], score["style"], score["both"]) == (1, 0, 0)
+        nobody = [("ffff", style) for _, style in pairs(meta, chosen)]
+        score = judge.score(images[chosen], nobody)
+        assert (score["concept_top5"], score["style"], score["both"]) == (0, 1, 0)
+
+    def test_a_picture_is_not_compared_to_itself(self, judge, rows):
+        images, meta = data.composite(rows[0]), rows[1]
+        drawings = [i for i, m in enumerate(meta) if int(m["hex"], 16) == STRAY[0]]
+        found = {meta[i]["style"]: judge.score(images[[i]], pairs(meta, [i]))["concept_top1"] for i in drawings}
+        assert found == {"red": 0, "green": 1, "blue": 1, "grey": 1}
+
+    def test_the_pictures_left_out_are_those_of_the_pair(self, judge, rows):
+        concept = judge.concepts["0003"]
+        mine = [judge.pictures["0003", style] for style in STYLES if ("0003", style) in judge.pictures]
+        assert len(mine) == judge.counts[concept] == 3  # of four styles one is in test_pair
+        np.testing.assert_allclose(np.mean(mine, axis=0), judge.means[concept], rtol=1e-4, atol=1e-4)
+
+    def test_unknown_style_is_an_error(self, judge):
+        with pytest.raises(ValueError, match=r"unknown styles \['oil'\].*'blue'"):
+            judge.score(np.zeros((1, 64, 64, 3), np.uint8), [("0000", "oil")])
+
+    def test_squared_distances(self):
+        a, b = np.random.default_rng(0).random((3, 5)), np.random.default_rng(1).random((4, 5))
+        np.testing.assert_allclose(squared_distances(a, b), ((a[:, None] - b) ** 2).sum(-1), rtol=1e-12)
+
+    def test_thumbnails(self):
+        image = np.arange(64 * 64 * 3).reshape(1, 64, 64, 3).astype(np.uint8)
+        small = thumbnails(image).reshape(16, 16, 3)
+        assert small[2, 3, 1] == pytest.approx(image[0, 8:12, 12:16, 1].mean() / 255)
+
+
+class Pipe:
+    """Stands in for a pipeline: paints by `picture(caption)`; the VAE returns its input plus 8/255."""
+
+    def __init__(self, picture):
+        self.picture, self.calls = picture, []
+        self.vae = SimpleNamespace(
+            post_quant_conv=SimpleNamespace(weight=data.to_tensor(np.zeros((1, 1, 1, 3), np.uint8))),
+            encode=lambda x: Gaussian(x, x),
+            decode=lambda z: z + 16 / 255,
+        )
+
+    def __call__(self, prompts, *, seed, steps, progress, guidance_scale=7.5):
+        self.calls.append((prompts, seed, steps, guidance_scale, progress))
+        return SimpleNamespace(images=[Image.fromarray(self.picture(prompt)) for prompt in prompts])
+
+
+@pytest.fixture
+def run(file, monkeypatch, capsys):
+    def run(picture, **options):
+        pipe = Pipe(picture)
+        monkeypatch.setattr(evaluate.Pipeline, "from_pretrained", lambda folder: pipe)
+        report = evaluate.evaluate(None, file, **options)
+        return report, pipe, capsys.readouterr().out
+
+    return run
+
+
+class TestEvaluate:
+    def test_the_truth_scores_the_ceiling(self, run, rows):
+        images, meta = data.composite(rows[0]), rows[1]
+        truth = {caption(m): image for image, m in zip(images, meta, strict=True)}
+        report, _, printed = run(truth.__getitem__)
+        for kind in evaluate.PROMPTS:
+            assert report[kind]["the model"] == report[kind]["real pictures (ceiling)"]
+            assert report[kind]["the model"]["style"] == 1
+            assert f"| {kind} ({report[kind]['count']}) | the model |" in printed
+        both = [report[kind]["the model"]["both"] for kind in evaluate.PROMPTS]
+        assert both == [1, 1, pytest.approx(15 / 16)]  # all but the stray
+        assert report["seen pairs"]["the model"]["nearer_than_0.0007"] == 1  # they are training pictures
+        assert report["held-out pairs"]["the model"]["nearer_than_0.002"] == 0  # these are not
+
+    def test_noise_scores_the_floor(self, run):
+        random = np.random.default_rng(0)
+        report, _, _ = run(lambda prompt: random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        floor = report["seen pairs"]["chance"]
+        assert floor["concept_top1"] == 1 / CONCEPTS
+        assert floor["both"] == 5 / CONCEPTS / 4
+        assert report["seen pairs"]["the model"]["concept_top1"] < 3 * floor["concept_top1"]
+        assert report["seen pairs"]["the model"]["both"] < 2 * floor["both"]
+        assert report["seen pairs"]["the model"]["nearer_than_0.002"] == 0
+
+    def test_cheats(self, run):
+        report, _, _ = run(lambda prompt: np.zeros((64, 64, 3), np.uint8))
+        for kind in ("seen pairs", "held-out pairs"):
+            copied, stray = report[kind]["the concept in another style"], report[kind]["any picture in the style"]
+            assert copied["concept_top1"] > 0.9
+            assert copied["style"] == copied["both"] == 0
+            assert stray["style"] == 1
+            assert stray["concept_top1"] < 0.25
+        assert "the concept in another style" not in report["held-out attributes"]  # no style of it was trained on
+
+    def test_psnr(self, run, rows):
+        report, _, printed = run(lambda prompt: np.zeros((64, 64, 3), np.uint8))
+        for split, decibel in report["vae_psnr"].items():
+            real = data.composite(rows[0][of_split(rows[1], split)]).astype(float)
+            mse = ((np.minimum(real + 8, 255) - real) ** 2).mean((1, 2, 3))
+            assert decibel == pytest.approx((10 * np.log10(255**2 / mse)).mean(), rel=1e-6)
+            assert f"{split}: {decibel:.1f} dB" in printed
+
+    def test_calls(self, run):
+        _, pipe, _ = run(lambda prompt: np.zeros((64, 64, 3), np.uint8), count=35, steps=3, guidance_scale=2.0, seed=9)
+        sizes = [len(prompts) for prompts, *_ in pipe.calls]
+        assert sizes == [32, 3, 12, 16]  # 35 seen pairs, 12 held-out pairs, 4 concepts of 4 styles
+        assert pipe.calls[1][1:] == ([41, 42, 43], 3, 2.0, False)
+        assert pipe.calls[2][1][0] == 9
+
+    def test_the_same_rows_are_drawn_whatever_their_order(self, rows):
+        meta, count = rows[1], 10
+        train = of_split(meta, "train")
+        drawn = evaluate.draw(train, meta, count, 0)
+        assert drawn == evaluate.draw(train[::-1], meta, count, 0)
+        assert set(drawn) != set(evaluate.draw(train, meta, count, 1))
+
+    def test_contact_sheet(self, file, rows, tmp_path):
+        prompts = evaluate.sheet_prompts(file, 10)
+        seen = {caption(m) for m in rows[1] if m["split"] == "train"}
+        assert set(prompts) < seen
+        pipe = Pipe(lambda prompt: np.full((64, 64, 3), 77, np.uint8))
+        evaluate.contact_sheet(pipe, prompts, tmp_path / "sheet.png")
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+        assert (sheet == 77).all(-1).sum() >= 10 * 128 * 128
+        assert sheet.shape[1] == 8 * 136 + 8
+        assert pipe.calls[0][1] == list(range(10))
+        assert (sheet[8 + 128 : 8 + 128 + 26, 8:136] < 128).any()  # the prompt is under its picture
+
+    def test_plot_loss(self, tmp_path):
+        lines = [json.dumps({"step": k, "loss": 1 / k, "lr": 1e-3, "seconds": k}) for k in (20, 40, 60)]
+        (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+        logs = dict.fromkeys(("VAE", "diffusion"), tmp_path / "log.jsonl")
+        evaluate.plot_loss(logs, tmp_path / "loss.png")
+        assert Image.open(tmp_path / "loss.png").size == (1200, 420)
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A data set of two opaque pictures of 60x60, which shrinking leaves as they are, in one npm package."""
+    random = np.random.default_rng(0)
+    pictures = np.full((2, 64, 64, 4), (255, 255, 255, 0), np.uint8)
+    pictures[:, 2:62, 2:62] = 255
+    pictures[:, 2:62, 2:62, :3] = random.integers(0, 256, (2, 60, 60, 3))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with tarfile.open(cache / "who-icons-1.0.0.tgz", "w:gz") as archive:
+        for i, picture in enumerate(pictures):
+            webp = io.BytesIO()
+            Image.fromarray(picture[2:62, 2:62]).save(webp, "WEBP", lossless=True)
+            member = tarfile.TarInfo(f"package/assets/icon{i}.webp")
+            member.size = webp.tell()
+            webp.seek(0)
+            archive.addfile(member, webp)
+    manifest = [
+        {"hex": f"{i}", "label": f"thing {i}", "tags": ["é"], "kw": [], "group": "g", "subgroup": "s"}
+        | {"pictures": {"flat": {"icon": f"icon{i}", "colors": [["red", 0.7]], "split": "train"}}}
+        for i in range(2)
+    ]
+    (tmp_path / "manifest.json.gz").write_bytes(gzip.compress(json.dumps(manifest).encode()))
+    sha512 = base64.b64encode(hashlib.sha512((cache / "who-icons-1.0.0.tgz").read_bytes()).digest()).decode()
+    monkeypatch.setattr(emoji, "MANIFEST", tmp_path / "manifest.json.gz")
+    monkeypatch.setattr(emoji, "SOURCES", {"flat": ("@who/icons@1.0.0", sha512)})
+    monkeypatch.setattr(emoji, "CAPTIONS_SHA256", sha256(emoji.captions(manifest).encode()))
+    monkeypatch.setattr(emoji, "IMAGES_SHA256", sha256(pictures.tobytes()))
+    monkeypatch.setattr(emoji, "version", lambda name: "0.0.1")
+    return SimpleNamespace(
+        cache=cache, tarball=cache / "who-icons-1.0.0.tgz", pictures=pictures, out=tmp_path / "o.npz"
+    )
+
+
+def nothing_written(package):
+    return not list(package.out.parent.glob("o.npz*"))
+
+
+class TestBuild:
+    def test_build(self, package):
+        emoji.build(package.out, package.cache)
+        images, meta = data.load(package.out)
+        np.testing.assert_array_equal(images, package.pictures)
+        assert meta[1] == {
+            **{"style": "flat", "hex": "1", "label": "thing 1", "tags": ["é"], "kw": [], "group": "g", "subgroup": "s"},
+            **{"colors": [["red", 0.7]], "caption": "thing 1, flat style", "split": "train"},
+        }
+
+    def test_damaged_package(self, package):
+        content = bytearray(package.tarball.read_bytes())
+        content[100] ^= 1
+        package.tarball.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"who-icons-1.0.0.tgz has sha512 .*, expected .*; delete it and run again"
+        ):
+            emoji.build(package.out, package.cache)
+        assert nothing_written(package)
+
+    def test_other_pixels(self, package, monkeypatch):
+        monkeypatch.setattr(emoji, "IMAGES_SHA256", "0" * 64)
+        message = (
+            r"the rendered pictures have sha256 .* expected 0+; .*resvg_py 0.5.0 \(here 0.0.1\), pillow 13.0.0 \(here"
+        )
+        with pytest.raises(ValueError, match=message):
+            emoji.build(package.out, package.cache)
+        assert nothing_written(package)
+
+    def test_other_captions(self, package, monkeypatch):
+        monkeypatch.setattr(emoji, "CAPTIONS_SHA256", "0" * 64)
+        with pytest.raises(ValueError, match=r"the captions have sha256 .* restore manifest.json.gz"):
+            emoji.build(package.out, package.cache)
+        assert nothing_written(package)
+
+    def test_without_npm(self, package, monkeypatch):
+        package.tarball.unlink()
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(RuntimeError, match=r"npm, which fetches @who/icons@1.0.0, was not found; install Node.js"):
+            emoji.build(package.out, package.cache)
+        assert nothing_written(package)
+
+    def test_failed_writing_leaves_no_file(self, package, monkeypatch):
+        def fail(f, **arrays):
+            f.write(b"half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr(np, "savez_compressed", fail)
+        with pytest.raises(OSError, match="disk full"):
+            emoji.build(package.out, package.cache)
+        assert nothing_written(package)
+
+    def test_manifest_is_the_pinned_one(self):
+        manifest = json.loads(gzip.decompress(emoji.MANIFEST.read_bytes()))
+        text = emoji.captions(manifest)
+        assert sha256(text.encode()) == emoji.CAPTIONS_SHA256
+        meta = json.loads(text)
+        assert len(manifest) == 1396
+        assert len({m["caption"] for m in meta}) == len(meta) == 8750
+        assert all(m["caption"] == caption(m) for m in meta)
+        assert {m["style"] for m in meta} == set(emoji.SOURCES)
+        assert Counter(m["split"] for m in meta) == {
+            "train": 8159, "test_pair": 392, "test_attribute": 50, "test_concept": 149
+        }  # fmt: skip
+
+
+class TestShrink:
+    def test_colour_is_weighted_by_alpha(self):
+        block = np.zeros((240, 240, 4), np.uint8)
+        block[::2] = (200, 0, 0, 255)  # every other line is opaque red,
+        block[1::2] = (0, 0, 200, 0)  # the rest is blue that nobody sees
+        picture = emoji.shrink(Image.fromarray(block))
+        assert (picture[2:62, 2:62] == (200, 0, 0, 128)).all()
+        assert (picture[:2] == (255, 255, 255, 0)).all()
+        assert (picture[:, 62:] == (255, 255, 255, 0)).all()
+
+    def test_nearly_transparent_is_white(self):
+        clear = np.full((60, 60, 4), (9, 9, 9, 0), np.uint8)
+        assert (emoji.shrink(Image.fromarray(clear)) == (255, 255, 255, 0)).all()
+
+    def test_other_sizes_are_resized_with_lanczos(self):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+        expected = np.asarray(image.resize((60, 60), Image.Resampling.LANCZOS)).astype(int)
+        picture = emoji.shrink(image)[2:62, 2:62].astype(int)
+        assert (picture[..., 3] == 255).all()
+        assert abs(picture[..., :3] - expected).max() <= 1  # Pillow's own 8-bit arithmetic rounds twice
