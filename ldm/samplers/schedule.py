@@ -62,6 +62,8 @@ class Schedule:
             "num_train_timesteps": 1000,
             "trained_betas": None,
             "rescale_betas_zero_snr": False,
+            "thresholding": False,
+            "clip_sample": False,
         }
         other = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) != value]
         if other:
@@ -72,7 +74,7 @@ class Schedule:
         return cls(
             config.get("beta_start", 0.00085),
             config.get("beta_end", 0.012),
-            config.get("timestep_spacing"),
+            "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing"),
             config.get("steps_offset", 1),
             config.get("set_alpha_to_one", False),
         )

@@ -56,7 +56,7 @@ def corpus(metas: Iterable[dict]) -> Iterator[str]:
 
 
 def train_vocabulary(metas: Iterable[dict], folder: Path) -> None:
-    """Byte-pair merges learnt on the captions, in CLIP's layout: all bytes, all bytes that end a word, merges, two marks.
+    """Byte-pair merges learnt on the captions. CLIP's layout: all bytes, all bytes that end a word, merges, two marks.
 
     Writes `folder/vocab.json`, `merges.txt` and `tokenizer_config.json`.
     """

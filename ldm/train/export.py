@@ -98,7 +98,7 @@ INDEX = dict(
 
 
 def export(unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Path, folder: Path, size: int = 64) -> None:
-    """`tokenizer`: a folder of vocab.json, merges.txt and tokenizer_config.json. `size`: side of a picture in pixels."""
+    """`tokenizer`: a folder of vocab.json, merges.txt, tokenizer_config.json. `size`: side of a picture in pixels."""
 
     def part(
         name: str, config_name: str, config: dict, weights: str | None = None, net: nn.Module | None = None

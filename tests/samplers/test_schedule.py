@@ -251,6 +251,7 @@ def test_from_config():
     made = Schedule.from_config(config)
     assert (made.spacing, made.set_alpha_to_one, made.steps_offset) == ("trailing", True, 0)
     assert torch.equal(made.alphas_cumprod, schedule.alphas_cumprod)
+    assert Schedule.from_config(SD1 | {"use_karras_sigmas": True}).spacing == "karras"
     bent = Schedule.from_config(SD1 | {"beta_end": 0.02})
     theirs = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)
     assert difference(bent.alphas_cumprod, torch.from_numpy(theirs)) < 1e-12
@@ -263,6 +264,8 @@ def test_from_config():
         {"num_train_timesteps": 500},
         {"trained_betas": [0.1, 0.2]},
         {"rescale_betas_zero_snr": True},
+        {"clip_sample": True},
+        {"thresholding": True},
     ],
 )
 def test_from_config_refuses_other_schedules(other):
