@@ -15,16 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from ldm.clip import TextEncoder
 from ldm.pipeline import Pipeline
-from ldm.train.diffusion import TEXT, UNET, train_diffusion
+from ldm.train.diffusion import Nets, train_diffusion
 from ldm.train.emoji import build
 from ldm.train.evaluate import contact_sheet, evaluate, plot_loss, sheet_prompts
 from ldm.train.export import export
 from ldm.train.vae import CONFIG, train_vae
-from ldm.unet import UNet
 from ldm.vae import VAE
 
 
@@ -50,9 +47,9 @@ def diffusion_verb(a: argparse.Namespace) -> None:
 def export_verb(a: argparse.Namespace) -> None:
     folder, vae = a.runs / "diffusion", trained_vae(a.runs)
     vae.config = replace(CONFIG, scaling_factor=torch.load(folder / "latents.pt", weights_only=True)["scaling_factor"])
-    nets = nn.ModuleDict(dict(unet=UNet(UNET), text_encoder=TextEncoder(TEXT)))
+    nets = Nets()
     nets.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["ema"])
-    export(nets["unet"], vae, nets["text_encoder"], folder / "tokenizer", a.model)
+    export(nets.unet, vae, nets.text_encoder, folder / "tokenizer", a.model)
 
 
 def evaluate_verb(a: argparse.Namespace) -> None:

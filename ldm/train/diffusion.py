@@ -55,15 +55,24 @@ def compute_latents(vae: VAE, file: Path, seed: int = 0) -> dict:
     return dict(mean=mean, std=std, colours=colours, scaling_factor=round(1 / spread.item(), 5))
 
 
-def initialise(nets: nn.ModuleDict) -> None:
+class Nets(nn.Module):
+    """What is trained together."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet(UNET)
+        self.text_encoder = TextEncoder(TEXT)
+
+
+def initialise(nets: Nets) -> None:
     """Residual branches and the output start at zero (Dhariwal & Nichol 2021), embeddings small (as CLIP's)."""
-    for module in nets["unet"].modules():
+    for module in nets.unet.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
         if isinstance(module, SpatialTransformer):
             nn.init.zeros_(module.proj_out.weight)
-    nn.init.zeros_(nets["unet"].conv_out.weight)
-    embeddings = nets["text_encoder"].text_model.embeddings
+    nn.init.zeros_(nets.unet.conv_out.weight)
+    embeddings = nets.text_encoder.text_model.embeddings
     nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
     nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
 
@@ -79,7 +88,7 @@ def loss_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
 
 def train_diffusion(
     file: Path, vae: VAE, folder: Path, *, steps: int = 20_000, batch: int = 64, lr: float = 8e-4, seed: int = 0
-) -> nn.ModuleDict:
+) -> Nets:
     """v prediction (Salimans & Ho 2022), light on the low noise. Returns the EMA `unet` and `text_encoder`.
 
     `folder` receives the tokenizer, the latents (both are kept from an earlier start) and the state of the loop.
@@ -95,7 +104,7 @@ def train_diffusion(
     alphas = Schedule().alphas_cumprod.float()
 
     torch.manual_seed(seed)
-    nets = nn.ModuleDict(dict(unet=UNet(UNET), text_encoder=TextEncoder(TEXT)))
+    nets = Nets()
     initialise(nets)
 
     def loss_of(step: int) -> Tensor:
@@ -115,8 +124,8 @@ def train_diffusion(
         x, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
         # For so few pixels and tokens the plain product is faster than flash attention, whose backward pass is slow.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            context = nets["text_encoder"](tokenizer(texts)).context
-            out = nets["unet"](x, t, context)
+            context = nets.text_encoder(tokenizer(texts)).context
+            out = nets.unet(x, t, context)
         loss = F.mse_loss(out.float(), v, reduction="none").mean(dim=(1, 2, 3))
         return (loss_weight(alphas[t]) * loss).mean()
 

@@ -100,19 +100,20 @@ INDEX = dict(
 def export(unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Path, folder: Path, size: int = 64) -> None:
     """`tokenizer`: a folder of vocab.json, merges.txt, tokenizer_config.json. `size`: side of a picture in pixels."""
 
-    def part(
-        name: str, config_name: str, config: dict, weights: str | None = None, net: nn.Module | None = None
-    ) -> None:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        if net is not None:
-            tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in net.state_dict().items()}
-            save_file(tensors, folder / name / weights, metadata={"format": "pt"})
+    def write(file: str, config: dict) -> None:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(config, indent=2) + "\n")
 
-    latents = size // vae.config.factor
-    part("unet", "config.json", unet_config(unet, latents), "diffusion_pytorch_model.safetensors", unet)
-    part("vae", "config.json", vae_config(vae, size), "diffusion_pytorch_model.safetensors", vae)
-    part("text_encoder", "config.json", text_config(text_encoder), "model.safetensors", text_encoder)
-    part("scheduler", "scheduler_config.json", SCHEDULER)
-    part(".", "model_index.json", INDEX)
+    def save(file: str, net: nn.Module) -> None:
+        tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in net.state_dict().items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    write("model_index.json", INDEX)
+    write("scheduler/scheduler_config.json", SCHEDULER)
+    write("unet/config.json", unet_config(unet, size // vae.config.factor))
+    write("vae/config.json", vae_config(vae, size))
+    write("text_encoder/config.json", text_config(text_encoder))
+    save("unet/diffusion_pytorch_model.safetensors", unet)
+    save("vae/diffusion_pytorch_model.safetensors", vae)
+    save("text_encoder/model.safetensors", text_encoder)
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)

@@ -10,10 +10,13 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -48,7 +51,7 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def train(
-    net: nn.Module,
+    net: Net,
     loss_of: Callable[[int], Tensor],
     folder: Path,
     *,
@@ -58,7 +61,7 @@ def train(
     ema_decay: float = 0.999,
     weight_decay: float = 0.01,
     save_minutes: float = 3.0,
-) -> nn.Module:
+) -> Net:
     """Minimise `loss_of(step)` over the parameters of `net`; returns `net` with its EMA weights.
 
     `folder/state.pt` is read when it exists and written every `save_minutes` and at the end (and on Ctrl-C);

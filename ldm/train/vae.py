@@ -22,7 +22,7 @@ def train_vae(file: Path, folder: Path, *, steps: int = 2000, batch: int = 32, l
     rgba = rgba[[m["split"] == "train" for m in meta]]
     colours = list(data.BACKGROUNDS.values())
     torch.manual_seed(seed)
-    vae = VAE(CONFIG).to(memory_format=torch.channels_last)
+    vae = VAE(CONFIG)
 
     def loss_of(step: int) -> torch.Tensor:
         generator = step_generator(seed, step)
@@ -30,7 +30,7 @@ def train_vae(file: Path, folder: Path, *, steps: int = 2000, batch: int = 32, l
         third = batch // 3
         colour = colours[int(torch.randint(len(colours), (), generator=generator))]
         pixels = np.concatenate([data.composite(rows[:third], colour), data.composite(rows[third:])])
-        image = data.to_tensor(pixels).to(memory_format=torch.channels_last)
+        image = data.to_tensor(pixels)
         with torch.autocast("cpu", torch.bfloat16):
             mean, std = vae.encode(image)
             mean, std = mean.float(), std.float()

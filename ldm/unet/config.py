@@ -22,7 +22,10 @@ class UNetConfig:
     groups: int = 32
 
     def heads_at(self, channels: int) -> int:
-        return self.heads if self.heads is not None else channels // self.head_width
+        if self.head_width is not None:
+            return channels // self.head_width
+        assert self.heads is not None, "one of heads and head_width"
+        return self.heads
 
 
 SD1 = UNetConfig()
