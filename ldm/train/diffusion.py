@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.clip import TextConfig, TextEncoder
+from ldm.clip.text_encoder import Layer
 from ldm.clip.tokenizer import Tokenizer
 from ldm.samplers.schedule import Schedule
 from ldm.train import captions, data
@@ -65,16 +66,22 @@ class Nets(nn.Module):
 
 
 def initialise(nets: Nets) -> None:
-    """Residual branches and the output start at zero (Dhariwal & Nichol 2021), embeddings small (as CLIP's)."""
+    """The UNet's residual branches and its output start at zero (Dhariwal & Nichol 2021), the text encoder's branches
+    small beside its embeddings: else the tokens of a prompt drown in their common mean, and all say the same."""
     for module in nets.unet.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
         if isinstance(module, SpatialTransformer):
             nn.init.zeros_(module.proj_out.weight)
     nn.init.zeros_(nets.unet.conv_out.weight)
-    embeddings = nets.text_encoder.text_model.embeddings
-    nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
-    nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
+    text = nets.text_encoder.text_model
+    nn.init.normal_(text.embeddings.token_embedding.weight, std=0.5)
+    nn.init.normal_(text.embeddings.position_embedding.weight, std=0.1)
+    with torch.no_grad():
+        for module in text.modules():
+            if isinstance(module, Layer):
+                module.self_attn.out_proj.weight /= (2 * TEXT.layers) ** 0.5
+                module.mlp.fc2.weight /= (2 * TEXT.layers) ** 0.5
 
 
 def loss_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:

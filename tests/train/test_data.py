@@ -87,6 +87,13 @@ class TestJudge:
         found = {meta[i]["style"]: judge.score(images[[i]], pairs(meta, [i]))["concept_top1"] for i in drawings}
         assert found == {"red": 0, "green": 1, "blue": 1, "grey": 1}
 
+    def test_held_out_concepts_are_no_choice_where_nobody_asked_for_one(self, judge, rows):
+        images, meta = data.composite(rows[0]), rows[1]
+        picture = images[of_split(meta, "test_attribute")[:1]]
+        trained = [(f"{c:04x}", "red") for c in range(CONCEPTS - HELD_OUT)]
+        found = [judge.score(picture, [pair])["concept_top1"] for pair in trained]
+        assert sum(found) == 1  # the nearest of the others
+
     def test_the_pictures_left_out_are_those_of_the_pair(self, judge, rows):
         concept = judge.concepts["0003"]
         mine = [judge.pictures["0003", style] for style in STYLES if ("0003", style) in judge.pictures]
@@ -157,6 +164,16 @@ class TestEvaluate:
         assert report["seen pairs"]["the model"]["concept_top1"] < 3 * floor["concept_top1"]
         assert report["seen pairs"]["the model"]["both"] < 2 * floor["both"]
         assert report["seen pairs"]["the model"]["nearer_than_0.002"] == 0
+
+    def test_near_copies(self, run, rows):
+        truth = {caption(m): image for image, m in zip(data.composite(rows[0]), rows[1], strict=True)}
+
+        def shifted(prompt):  # every value by 9, which is an MSE of .00125
+            image = truth[prompt]
+            return np.where(image < 247, image + 9, image - 9).astype(np.uint8)
+
+        model = run(shifted)[0]["seen pairs"]["the model"]
+        assert (model["nearer_than_0.0007"], model["nearer_than_0.002"]) == (0, 1)
 
     def test_cheats(self, run):
         report, _, _ = run(lambda prompt: np.zeros((64, 64, 3), np.uint8))
