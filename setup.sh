@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up ldm in .venv:  ./setup.sh  to use it,  ./setup.sh test  to run its tests as well.
-# PYTHON names another interpreter than python3 (3.10 or newer).
+# PYTHON names another interpreter than python3 (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -17,10 +17,20 @@ from ldm.settings import Settings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def free_name(file: Path) -> Path:
-    """`file` itself if it is free, else heart-2.png, heart-3.png, ...: nobody's picture is written over."""
-    names = chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2)))
-    return next(name for name in names if not name.exists())
+def save(image: Image.Image, file: Path, text: str) -> Path:
+    """Save as `file` if that is free, else as heart-2.png, heart-3.png, ...: nobody's picture is written over."""
+    for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
+        try:
+            name.touch(exist_ok=False)  # ours from here on, whoever else looks for a name
+            break
+        except FileExistsError:
+            continue
+    try:
+        save_png(image, name, text)
+    except BaseException:
+        name.unlink()
+        raise
+    return name
 
 
 def generate(a: argparse.Namespace) -> None:
@@ -49,15 +59,16 @@ def generate(a: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(
         a.model, vae=a.vae, dtype=DTYPES[a.dtype], device=a.device, prediction_type=a.prediction_type
     )
+    extra = {} if a.dtype == "float32" else {"Precision": a.dtype}
+    extra |= {key: file.name for key, file in {"VAE": a.vae, "Init image": a.image, "Mask": a.mask}.items() if file}
+    extra |= {"Prediction type": a.prediction_type} if a.prediction_type else {}
     out = pipe.run(settings, progress=not a.quiet)
     for i, image in enumerate(out.images):
-        file = free_name(a.output)
-        save_png(image, file, parameters(settings, i, image.size, pipe.name))
-        print(file)
+        print(save(image, a.output, parameters(settings, i, image.size, pipe.name, extra)))
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="ldm", description=__doc__)
+    top = argparse.ArgumentParser(prog="ldm", description=__doc__, epilog="`ldm generate --help` lists its arguments")
     verbs = top.add_subparsers(dest="verb", required=True)
     p = verbs.add_parser("generate", description=generate.__doc__, help=generate.__doc__)
     p.set_defaults(function=generate)
@@ -89,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if argv and argv[0] not in ("generate", "-h", "--help"):
         argv = ["generate", *argv]
     a = parser().parse_args(argv)

@@ -1,5 +1,6 @@
 """Pictures: PIL images to tensors and back, and PNG files that carry their settings."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ).convert("RGB")
     if image.mode == "F":
         raise ValueError("an image of mode F (floating point) has no agreed range: convert it to mode L or RGB first")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":  # L with premultiplied alpha, which converts to LA alone
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -42,12 +45,12 @@ def to_mask(mask: Image.Image, height: int, width: int) -> Tensor:
 
 
 def save_png(image: Image.Image, file: Path, parameters: str) -> None:
-    """Write `image` with the text chunk "parameters". The file appears whole or not at all."""
+    """Write `image` with the text chunk "parameters", over what `file` was. It appears whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters)
-    temporary = file.with_name(file.name + ".part")
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(file)
+        image.save(part, format="PNG", pnginfo=info)
+        part.replace(file)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

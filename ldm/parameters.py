@@ -11,8 +11,10 @@ def quote(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def parameters(settings: Settings, index: int, size: tuple[int, int], model: str) -> str:
-    """What picture `index` of a call was made from. size: (width, height) in pixels."""
+def parameters(
+    settings: Settings, index: int, size: tuple[int, int], model: str, extra: dict[str, object] | None = None
+) -> str:
+    """What picture `index` of a call was made from. size: (width, height) in pixels. extra: more fields."""
     s = settings
     fields: dict[str, object] = {
         "Steps": s.steps if s.sigmas is None or isinstance(s.sigmas, str) else len(s.sigmas) - 1,
@@ -32,4 +34,4 @@ def parameters(settings: Settings, index: int, size: tuple[int, int], model: str
         fields["Denoising strength"] = s.strength
     negative = s.negative_texts[index]
     lines = [s.texts[index], *([f"Negative prompt: {negative}"] if negative else [])]
-    return "\n".join([*lines, ", ".join(f"{key}: {quote(value)}" for key, value in fields.items())])
+    return "\n".join([*lines, ", ".join(f"{key}: {quote(value)}" for key, value in (fields | (extra or {})).items())])

@@ -17,7 +17,7 @@ from ldm.guidance import guided
 from ldm.image import to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import keep_outside, steps_at
 from ldm.noise import SeededNoise
-from ldm.samplers import VARIANCE_PRESERVING, Schedule, Step, net_denoiser
+from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Schedule, Step, net_denoiser
 from ldm.settings import Settings
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -50,6 +50,8 @@ class Pipeline:
         name: str = "",
     ):
         """`size`: the side in pixels of a picture when nobody says. `name`: the model's, for the record."""
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={prediction_type!r}: use {' or '.join(PREDICTION_TYPES)}")
         self.unet = unet
         self.vae = vae
         self.text_encoder = text_encoder
@@ -82,6 +84,11 @@ class Pipeline:
         allowed = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type != "cpu")
         if dtype not in allowed:
             raise ValueError(f"dtype={dtype} on {device.type}: use {' or '.join(map(str, allowed))}")
+        if path is None and not DEFAULT_MODEL.exists():
+            raise FileNotFoundError(
+                f"the default model is not at {DEFAULT_MODEL}: it is part of a checkout of ldm. Install from one, with"
+                " `pip install -e .`, or give the path of a model"
+            )
         path = DEFAULT_MODEL if path is None else Path(path)
         parts = checkpoint.load(path, vae=vae, dtype=dtype, device=device)
         return cls(
@@ -128,7 +135,10 @@ class Pipeline:
         return Output(to_images(self.decode(latents)), latents, settings.seeds, settings)
 
     def stream(self, prompt: str | list[str] = "", **settings: Any) -> Iterator[Step]:
-        """The same call as the sampler's own loop: what `__call__` would have shown its callback, lazily."""
+        """The same call as the sampler's own loop: lazily what `__call__` would have shown its callback.
+
+        `settings` as for `__call__`, without progress and callback: whoever looks at the steps is both.
+        """
         return self._begin(Settings(prompt, **settings))[2]
 
     @torch.no_grad()
@@ -151,7 +161,8 @@ class Pipeline:
         factor = self.vae.config.factor
         noise = SeededNoise(s.seeds, (self.vae.config.latent_channels, height // factor, width // factor), self.device)
         sampler = s.sampler_function
-        variance_preserving = sampler in VARIANCE_PRESERVING
+        # A functools.partial of a sampler counts as that sampler.
+        variance_preserving = getattr(sampler, "func", sampler) in VARIANCE_PRESERVING
 
         sigmas, leading = self._sigmas(s, variance_preserving)
         starts_anew = start is None or s.strength == 1
@@ -182,7 +193,7 @@ class Pipeline:
         if kept is not None:
             denoise = keep_outside(denoise, *kept)
         options = {"eta": s.eta} if s.eta else {}
-        return x, sigmas, torch.no_grad()(sampler)(denoise, x, sigmas, noise, **options), kept
+        return x, sigmas, without_grad(sampler(denoise, x, sigmas, noise, **options)), kept
 
     def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, bool]:
         """The whole schedule of the call, and whether it is spaced "leading"."""
@@ -223,6 +234,12 @@ class Pipeline:
         if s.strength > 0:  # 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
             z = z + std.float() * noise()
         return (self.vae.config.scaling_factor * z).expand(s.count, -1, -1, -1)
+
+
+@torch.no_grad()
+def without_grad(steps: Iterator[Step]) -> Iterator[Step]:
+    """The sampler's loop runs without gradients, its consumer as it likes."""
+    yield from steps
 
 
 def finite(values: Tensor, part: str) -> Tensor:

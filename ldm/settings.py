@@ -2,11 +2,13 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,20 +16,27 @@ from torch import Tensor
 from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
 
 
+def is_utf8(text: str) -> bool:
+    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
 def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
     """A whole number, Python's or numpy's, from `low` to `high`; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
     """What `Pipeline.__call__` and `Pipeline.stream` take. Raises ValueError for what cannot be run.
 
     prompt, negative_prompt: a text, or a list of texts: one picture each.
-    steps: evaluations of the net, 1 to 1000. guidance_scale: 1 is no guidance, and half of the work.
+    steps: evaluations of the net, 1 to 1000. guidance_scale: 1 is no guidance, and half of the work; below 1 leans to
+        the negative prompt (in diffusers everything up to 1 is no guidance).
     sampler: a name of `ldm.SAMPLERS`, or a function `(denoise, x, sigmas, noise, **options)` that yields `Step`s.
     sigmas: a spacing ("leading", "trailing", "linspace", "karras"), or a decreasing tensor (n+1,) that ends at or above
         0, used as it is instead of `steps`. None: the spacing of the model, else that of the sampler's reference.
+        Some references begin and end in their own way: ddim ends at the sigma of t = 0, "leading" starts from noise of
+        variance 1 + sigma^2. A tensor says where to begin and end by itself, and euler starts it at sigma * noise.
     seed: of the first picture, picture i has seed + i; or a list of seeds. batch_size: pictures per prompt.
     width, height: in pixels, multiples of the VAE's factor (8 for the official models). None: the picture's, or the
         model's native size.
@@ -61,8 +70,13 @@ class Settings:
             texts = getattr(self, name)
             if not isinstance(texts, (str, list, tuple)) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name}={texts!r}: give a text, or a list of texts")
+            if not all(is_utf8(text) for text in texts):
+                raise ValueError(f"{name}={texts!r}: it has halves of surrogate pairs, which no file can hold")
         if not is_whole(self.steps, 1, 1000):
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
+        for name in ("strength", "eta", "guidance_scale"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength}: give a number from 0 (the image) to 1 (all new)")
         if not 0 <= self.eta <= 1:
@@ -76,10 +90,12 @@ class Settings:
             raise ValueError(f"clip_skip={self.clip_skip!r}: give a whole number from 1 (the last layer, no cut)")
         if not is_whole(self.batch_size, 1):
             raise ValueError(f"batch_size={self.batch_size!r}: give a whole number of at least 1")
-        if isinstance(self.sampler, str) and self.sampler_name not in SAMPLERS:
+        if not callable(self.sampler) and self.sampler_name not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}: use {', '.join(SAMPLERS)}, or pass a function")
         if isinstance(self.sigmas, str) and self.sigmas not in SPACINGS:
             raise ValueError(f"unknown spacing sigmas={self.sigmas!r}: use {', '.join(SPACINGS)}, or pass a tensor")
+        if not isinstance(self.sigmas, (str, Tensor, NoneType)):
+            raise ValueError(f"sigmas is a {type(self.sigmas).__name__}: give a spacing by name, or a tensor (n+1,)")
         if isinstance(self.sigmas, Tensor):
             s = self.sigmas
             if s.ndim != 1 or len(s) < 2 or not (s[1:] < s[:-1]).all() or s[-1] < 0 or not torch.isfinite(s).all():
@@ -97,6 +113,8 @@ class Settings:
                     f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
                 )
                 raise ValueError(f"{name} {given}: give a tensor (B,4,h,w)")
+            if value is not None and not torch.isfinite(value).all():
+                raise ValueError(f"{name} of shape {tuple(value.shape)} has NaN or infinity in it")
         if self.image is not None and self.latents is not None:
             raise ValueError("image and latents both say where to start: give one of them")
         if self.mask is not None and self.image is None and self.latents is None:
@@ -108,9 +126,9 @@ class Settings:
                 f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts:"
                 " give one text, or as many"
             )
-        seeds = self.seed if isinstance(self.seed, Iterable) else [self.seed]
-        if not all(is_whole(seed, 0, 2**64 - 1) for seed in seeds):
-            raise ValueError(f"seed={self.seed!r}: give a whole number from 0 to 2**64 - 1, or a list of them")
+        seeds = self.seed if isinstance(self.seed, (Sequence, np.ndarray)) else [self.seed]
+        if not all(is_whole(seed, 0, 2**64 - self.count) for seed in seeds):
+            raise ValueError(f"seed={self.seed!r}: give a whole number of 0 or more, below 2**64, or a list of them")
         if len(self.seeds) != self.count:
             raise ValueError(f"{len(self.seeds)} seeds for {self.count} pictures: give a number, or one seed each")
         if self.eta and "eta" not in inspect.signature(self.sampler_function).parameters:
@@ -139,7 +157,7 @@ class Settings:
     @property
     def seeds(self) -> list[int]:
         """A seed for each picture."""
-        if isinstance(self.seed, Iterable):
+        if isinstance(self.seed, (Sequence, np.ndarray)):
             return [int(seed) for seed in self.seed]
         return [int(self.seed) + i for i in range(self.count)]
 
@@ -149,4 +167,6 @@ class Settings:
 
     @property
     def sampler_name(self) -> str:
-        return ALIASES.get(self.sampler, self.sampler) if isinstance(self.sampler, str) else self.sampler.__name__
+        if isinstance(self.sampler, str):
+            return ALIASES.get(self.sampler, self.sampler)
+        return getattr(self.sampler, "__name__", repr(self.sampler))

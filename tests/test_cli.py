@@ -259,3 +259,10 @@ def test_as_a_command(folder):
     done = subprocess.run([*command, "2"], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "x.png\n") and "2/2" in done.stderr
     Image.open("x.png").verify()
+
+
+def test_files_beside_are_left_alone():
+    Path("x.png.part").write_text("mine")
+    main(["a red heart", "-o", "x.png", "--steps", "1", "--quiet"])
+    assert Path("x.png.part").read_text() == "mine"
+    assert files() == ["x.png", "x.png.part"]

@@ -1,5 +1,6 @@
 """What is called how often and with what, and what comes out. The numbers are test_diffusers_pipeline's."""
 
+import functools
 import io
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw
 
 import ldm
 from ldm.pipeline import DEFAULT_MODEL
-from ldm.samplers import SAMPLERS, ddim, euler
+from ldm.samplers import SAMPLERS, Schedule, ddim, euler
 
 HEART, CAT = "a red heart, noto style", "grinning cat, twemoji style"
 
@@ -433,3 +434,34 @@ def test_start_of_the_references(pipe, sampler, sigmas, extra):
     step = next(pipe.stream("", steps=2, noise=noise, sampler=sampler, sigmas=sigmas, width=32, height=32))
     x = step.x0 + step.sigma * step.eps
     torch.testing.assert_close(x, noise * (step.sigma**2 + extra).sqrt().float())
+
+
+def test_a_partial_of_a_sampler_keeps_its_schedule(pipe):
+    part = functools.partial(ddim, eta=0.5)
+    assert_identical(pipe(HEART, steps=3, sampler=part), pipe(HEART, steps=3, sampler="ddim", eta=0.5))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler", "spacing", "end"),
+    [
+        (Schedule(spacing="leading"), "euler", "leading", 0.0),
+        (Schedule(spacing="trailing"), "ddim", "trailing", Schedule().sigma_min),
+        (Schedule(set_alpha_to_one=True), "ddim", "leading", 0.0),
+    ],
+)
+def test_the_models_schedule_decides(pipe, monkeypatch, schedule, sampler, spacing, end):
+    monkeypatch.setattr(pipe, "schedule", schedule)
+    sigmas = [float(step.sigma) for step in pipe.stream(HEART, steps=4, sampler=sampler)]
+    assert sigmas == schedule.sigmas(4, spacing)[:-1].tolist()
+    assert float(list(pipe.stream(HEART, steps=4, sampler=sampler))[-1].sigma_next) == end
+
+
+def test_unknown_prediction_type():
+    with pytest.raises(ValueError, match="prediction_type='v': use epsilon or v_prediction"):
+        ldm.Pipeline.from_pretrained(prediction_type="v")
+
+
+def test_no_default_model(monkeypatch, tmp_path):
+    monkeypatch.setattr("ldm.pipeline.DEFAULT_MODEL", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="part of a checkout of ldm"):
+        ldm.Pipeline.from_pretrained()

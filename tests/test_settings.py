@@ -46,9 +46,18 @@ NAN, INF = float("nan"), float("inf")
         ({"seed": [1, 2], "prompt": ["a", "b"], "batch_size": 2}, "2 seeds for 4 pictures"),
         ({"seed": []}, "0 seeds for 1 pictures"),
         *[
-            ({"seed": s}, rf"seed={re.escape(repr(s))}: .* 0 to 2\*\*64 - 1")
+            ({"seed": s}, rf"seed={re.escape(repr(s))}: .* 0 or more, below 2\*\*64")
             for s in (None, -1, 1.5, 2**64, "1", [0.5])
         ],
+        ({"seed": 2**64 - 1, "batch_size": 2}, "seed=18446744073709551615: "),
+        ({"sampler": None}, "unknown sampler None"),
+        ({"sampler": 3}, "unknown sampler 3"),
+        ({"strength": "0.5"}, "strength='0.5': give a number"),
+        ({"guidance_scale": None}, "guidance_scale=None: give a number"),
+        ({"sigmas": [1.0, 0.0]}, "sigmas is a list: give a spacing by name, or a tensor"),
+        ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents of shape .* has NaN"),
+        ({"noise": torch.full((1, 4, 8, 8), torch.inf)}, "noise of shape .* has NaN or infinity"),
+        ({"prompt": "a \ud800 heart"}, "prompt=.* surrogate"),
     ],
 )
 def test_refused(settings, message):

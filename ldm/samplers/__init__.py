@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ldm.samplers.ddim import ddim
-from ldm.samplers.denoiser import Denoiser, Prediction, net_denoiser
+from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
 from ldm.samplers.euler import euler
 from ldm.samplers.schedule import SPACINGS, Schedule
 from ldm.samplers.step import Noise, Step
@@ -21,6 +21,7 @@ VARIANCE_PRESERVING = {ddim}
 
 __all__ = [
     "ALIASES",
+    "PREDICTION_TYPES",
     "SAMPLERS",
     "SPACINGS",
     "VARIANCE_PRESERVING",

@@ -111,7 +111,7 @@ class Schedule:
         step already starts at sigma_min, the end is 0 whatever was asked for. Raises ValueError outside 1..1000.
         """
         spacing = spacing or self.spacing or "linspace"
-        if not 1 <= steps <= 1000:
+        if not isinstance(steps, int) or not 1 <= steps <= 1000:
             raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so steps goes from 1 to 1000")
         if spacing not in SPACINGS:
             raise ValueError(
@@ -124,6 +124,8 @@ class Schedule:
         else:
             options = {"offset": self.steps_offset} if spacing == "leading" else {}
             sigmas = self.sigma(TIMESTEPS[spacing](steps, **options), log)
+        if not 0 <= end <= self.sigma_min:
+            raise ValueError(f"end={end}: give 0, or the sigma of t = 0, {self.sigma_min:.6f}")
         if math.isclose(sigmas[-1].item(), self.sigma_min, rel_tol=1e-9):
             end = 0.0
         return torch.cat([sigmas, torch.tensor([end], dtype=torch.float64)])

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from ldm.train.data import BACKGROUNDS
+from ldm.train.loop import whole_folder
 
 VOCABULARY = 4096
 LENGTH = 32
@@ -20,8 +21,9 @@ def caption(meta: dict) -> str:
 def draw_caption(meta: dict, generator: torch.Generator) -> str:
     """One of the ways in which people ask for this picture; "" for one in ten, which guidance needs.
 
-    The share of each form: 50 % "{label}, {style} style"; 15 % "{label}" or "a {label}"; 15 % "a {style} style emoji of
-    {label}"; 15 % with one to three tags; 5 % with the colour, where one colour covers most of the ink.
+    Of the rest: 50 % "{label}, {style} style"; 15 % "{label}" or "a {label}"; 15 % "a {style} style emoji of {label}";
+    15 % with one to three tags; 5 % with the colour, where one covers most of the ink and the label does not say it.
+    Pictures without tags or such a colour get the first form instead.
     """
 
     def below(n: int) -> int:
@@ -58,7 +60,8 @@ def corpus(metas: Iterable[dict]) -> Iterator[str]:
 def train_vocabulary(metas: Iterable[dict], folder: Path) -> None:
     """Byte-pair merges learnt on the captions. CLIP's layout: all bytes, all bytes that end a word, merges, two marks.
 
-    Writes `folder/vocab.json`, `merges.txt` and `tokenizer_config.json`.
+    Writes `vocab.json`, `merges.txt` and `tokenizer_config.json` into `folder`, which takes the place of an older one.
+    Raises ValueError if the captions have too few words for VOCABULARY tokens.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -73,9 +76,9 @@ def train_vocabulary(metas: Iterable[dict], folder: Path) -> None:
     merges = json.loads(bpe.to_str())["model"]["merges"][: VOCABULARY - 2 * len(alphabet) - 2]
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != VOCABULARY:
+        raise ValueError(f"the captions give {len(vocab)} tokens of the {VOCABULARY} asked for: more captions are needed")
     config = dict(
         tokenizer_class="CLIPTokenizer",
         model_max_length=LENGTH,
@@ -87,4 +90,8 @@ def train_vocabulary(metas: Iterable[dict], folder: Path) -> None:
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with whole_folder(folder) as new:
+        (new / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        lines = "".join(f"{a} {b}\n" for a, b in merges)
+        (new / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
+        (new / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

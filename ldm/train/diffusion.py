@@ -16,6 +16,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.samplers.schedule import Schedule
 from ldm.train import captions, data
 from ldm.train.loop import batch_indices, save_state, step_generator, train
+from ldm.train.text import train_text
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.blocks import ResnetBlock
 from ldm.unet.transformer import SpatialTransformer
@@ -113,6 +114,9 @@ def train_diffusion(
     torch.manual_seed(seed)
     nets = Nets()
     initialise(nets)
+    if not (folder / "state.pt").exists():
+        white = latents["scaling_factor"] * latents["mean"][: len(meta)].float()
+        train_text(nets.text_encoder, tokenizer, meta, white, folder / "text")
 
     def loss_of(step: int) -> Tensor:
         generator = step_generator(seed, step)

@@ -1,8 +1,9 @@
 """Rebuild the data set of the default model bit for bit: 8,750 emoji of 64x64 in eight styles.
 
-    python -m ldm.train data --data emoji64_rgba.npz
+    python -m ldm.train data
 
-downloads 25 MB from the npm registry and renders for 70 s on one core. The file has `images` (8750,64,64,4) uint8,
+downloads 25 MB from the npm registry into runs/packages (--runs), renders for 70 s on one core and writes
+runs/emoji64.npz (--data), unless that is there. The file has `images` (8750,64,64,4) uint8,
 straight alpha, white where alpha is 0, and `captions`, a JSON list of one object a picture.
 
 Which icon stands for which concept, its words and its split were chosen with Unicode's names (emojibase-data 17.0.0,

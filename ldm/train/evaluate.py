@@ -1,11 +1,14 @@
 """Measure a model that was trained on the emoji: every score between its floor and its ceiling.
 
-    python -m ldm.train evaluate --data emoji64_rgba.npz
+    python -m ldm.train evaluate
+
+measures the model in weights/emoji-64 (--model) on the pictures of runs/emoji64.npz (--data).
 
 Prompts are "{label}, {style} style" of three kinds: pairs of concept and style that were trained on; pairs that were
 held out, where both were seen apart; and attributes that were held out, such as "purple square", whose words were seen
 apart. Beside the model's pictures the judges see the real ones (the ceiling: the judges are no better), and two ways to
-cheat: the same concept copied from the training pictures in another style, and any training picture in the right style.
+cheat: the same concept copied from the training pictures in another style (the rows that have one), and any training
+picture in the right style. The VAE is measured on all splits that were held out, those without prompts among them.
 """
 
 import hashlib
@@ -56,7 +59,7 @@ def evaluate(
         scores = judge.score(pictures, [(meta[i]["hex"], meta[i]["style"]) for i in rows])
         return scores | {f"nearer_than_{limit}": float((mse < limit).mean()) for limit in COPIES}
 
-    held_out = [split for split in PROMPTS.values() if split != "train"]
+    held_out = sorted({m["split"] for m in meta} - {"train"})
     report: dict = {
         "vae_psnr": {
             split: psnr(pipe.vae, images[[i for i, m in enumerate(meta) if m["split"] == split]]) for split in held_out
@@ -70,8 +73,9 @@ def evaluate(
             "the model": measure(generate(pipe, [meta[i] for i in rows], steps, guidance_scale, seed), rows)
         }
         report[kind]["real pictures (ceiling)"] = measure(images[rows], rows)
-        if all(copies):
-            report[kind]["the concept in another style"] = measure(images[[random.choice(c) for c in copies]], rows)
+        if copied := [row for row, c in zip(rows, copies, strict=True) if c]:
+            pictures = images[[random.choice(c) for c in copies if c]]
+            report[kind]["the concept in another style"] = measure(pictures, copied)
         report[kind]["any picture in the style"] = measure(images[[random.choice(s) for s in same_style]], rows)
         top5 = 5 / len(judge.concepts)
         report[kind]["chance"] = {
@@ -158,13 +162,18 @@ def contact_sheet(pipe: Pipeline, prompts: list[str], file: Path) -> None:
 
 
 def plot_loss(logs: dict[str, Path], file: Path) -> None:
-    """A PNG with one panel for each {title: log.jsonl}: the loss over the steps. Needs matplotlib (extra `train`)."""
+    """A PNG with one panel for each {title: log.jsonl}: the loss over the steps, the mean of each 20.
+
+    Needs matplotlib (extra `train`).
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(logs), 3.5), layout="constrained")
     for axes, (title, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
+        twenties, which = np.unique([(row["step"] - 1) // 20 for row in rows], return_inverse=True)
+        means = np.bincount(which, [row["loss"] for row in rows]) / np.bincount(which)
+        axes.plot(20 * (twenties + 1), means, linewidth=0.8)
         axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=120)

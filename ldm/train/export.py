@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.clip import TextEncoder
+from ldm.train.loop import whole_folder
 from ldm.unet import UNet
 from ldm.vae import VAE
 
@@ -98,22 +99,30 @@ INDEX = dict(
 
 
 def export(unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Path, folder: Path, size: int = 64) -> None:
-    """`tokenizer`: a folder of vocab.json, merges.txt, tokenizer_config.json. `size`: side of a picture in pixels."""
+    """The whole model at once, in the place of the one that `folder` holds, or nothing.
 
-    def write(file: str, config: dict) -> None:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(json.dumps(config, indent=2) + "\n")
+    `tokenizer`: a folder of vocab.json, merges.txt, tokenizer_config.json. `size`: side of a picture in pixels.
+    Raises FileExistsError for a folder of anything but a model: it would be lost.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+        raise FileExistsError(f"{folder} is in the way: it has files and no model_index.json; name another folder")
 
-    def save(file: str, net: nn.Module) -> None:
-        tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in net.state_dict().items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    with whole_folder(folder) as new:
 
-    write("model_index.json", INDEX)
-    write("scheduler/scheduler_config.json", SCHEDULER)
-    write("unet/config.json", unet_config(unet, size // vae.config.factor))
-    write("vae/config.json", vae_config(vae, size))
-    write("text_encoder/config.json", text_config(text_encoder))
-    save("unet/diffusion_pytorch_model.safetensors", unet)
-    save("vae/diffusion_pytorch_model.safetensors", vae)
-    save("text_encoder/model.safetensors", text_encoder)
-    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        def write(file: str, config: dict) -> None:
+            (new / file).parent.mkdir(exist_ok=True)
+            (new / file).write_text(json.dumps(config, indent=2) + "\n")
+
+        def save(file: str, net: nn.Module) -> None:
+            tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in net.state_dict().items()}
+            save_file(tensors, new / file, metadata={"format": "pt"})
+
+        write("model_index.json", INDEX)
+        write("scheduler/scheduler_config.json", SCHEDULER)
+        write("unet/config.json", unet_config(unet, size // vae.config.factor))
+        write("vae/config.json", vae_config(vae, size))
+        write("text_encoder/config.json", text_config(text_encoder))
+        save("unet/diffusion_pytorch_model.safetensors", unet)
+        save("vae/diffusion_pytorch_model.safetensors", vae)
+        save("text_encoder/model.safetensors", text_encoder)
+        shutil.copytree(tokenizer, new / "tokenizer")

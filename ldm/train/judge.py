@@ -1,6 +1,6 @@
 """Two judges that say what a 64x64 picture shows: which concept, and in which of the eight styles.
 
-    judge = Judge(Path("emoji64_rgba.npz"))                      # 15 s and 1 GB
+    judge = Judge(Path("runs/emoji64.npz"))                      # 15 s and 1 GB
     judge.score(images, [("2764", "noto"), ...])                 # images (n,64,64,3) uint8 on white
 
 Both are linear in features made by hand (gradients and colours of cells; edges and colour histograms) and fitted on

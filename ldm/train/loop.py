@@ -5,12 +5,16 @@ of the data and the noise: a run that was stopped and resumed is the run that wa
 """
 
 import json
+import math
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +28,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """The rows of step `step`: each epoch visits all `count` rows once, in an order of its own."""
+    """The rows of step `step`: each epoch visits the rows once, in an order of its own, and drops an unfull batch."""
+    if batch > count:
+        raise ValueError(f"a batch of {batch} out of {count} pictures: take a batch of at most {count}")
     per_epoch = count // batch
     order = torch.randperm(count, generator=step_generator(seed + 1, step // per_epoch))
     start = step % per_epoch * batch
@@ -50,6 +56,37 @@ def save_state(path: Path, state: dict) -> None:
     temporary.replace(path)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """All or nothing: yields an empty folder beside `folder`, whose place it takes at the end unless there is an error.
+
+    Should the machine die between the two renames, the earlier folder still has its files, under the name `*.old`.
+    """
+    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def forget_after(step: int, log: Path) -> None:
+    """Takes from the log what a killed run wrote after its last state: those steps will be run, and logged, again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        temporary = log.with_suffix(".part")
+        temporary.write_text("".join(kept))
+        temporary.replace(log)
+
+
 def train(
     net: Net,
     loss_of: Callable[[int], Tensor],
@@ -64,8 +101,11 @@ def train(
 ) -> Net:
     """Minimise `loss_of(step)` over the parameters of `net`; returns `net` with its EMA weights.
 
-    `folder/state.pt` is read when it exists and written every `save_minutes` and at the end (and on Ctrl-C);
-    `folder/log.jsonl` gets a line every 20 steps: step, loss (mean over the 20), lr, seconds.
+    `folder/state.pt` is read when it exists and written every `save_minutes` and at the end; `folder/log.jsonl` gets a
+    line for each step: step (the first is 1), loss, lr, seconds. SIGINT (Ctrl-C) and SIGTERM let the step end, save and
+    raise KeyboardInterrupt. A loss or gradient that is not finite raises FloatingPointError before it gets into the
+    weights; after that, and after any other error, the last state that was saved stands.
+    Only the main thread can be told of signals, so only it can train.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     ema = {k: v.clone() for k, v in net.state_dict().items()}
@@ -77,6 +117,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         ema, start, seconds = state["ema"], state["step"], state["seconds"]
     folder.mkdir(parents=True, exist_ok=True)
+    forget_after(start, folder / "log.jsonl")
 
     def save(step: int) -> None:
         save_state(
@@ -84,42 +125,54 @@ def train(
             dict(net=net.state_dict(), optimizer=optimizer.state_dict(), ema=ema, step=step, seconds=seconds),
         )
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to stop is to save and stop
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
-    losses: list[float] = []
-    saved = last = time.monotonic()
-    step = start
-    try:
-        for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup)
-            loss = loss_of(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                values = net.state_dict()
-                torch._foreach_lerp_([ema[k] for k in values], list(values.values()), 1 - decay)
-            losses.append(loss.item())
+    stop = False
 
-            now = time.monotonic()
-            seconds, last = seconds + now - last, now
-            if len(losses) == 20:
-                row = dict(
-                    step=step + 1, loss=sum(losses) / 20, lr=optimizer.param_groups[0]["lr"], seconds=round(seconds)
-                )
-                with (folder / "log.jsonl").open("a") as f:
-                    f.write(json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
-                losses.clear()
-            if now - saved > 60 * save_minutes:
-                save(step + 1)
-                saved = now
-    except KeyboardInterrupt:
-        save(step)
-        raise
-    save(steps)
+    def ask_to_stop(*_: Any) -> None:
+        nonlocal stop
+        stop = True
+
+    # SIGINT too: a shell that starts this in the background has it ignored.
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    recent: deque[float] = deque(maxlen=20)
+    saved = last = time.monotonic()
+    try:
+        with (folder / "log.jsonl").open("a", buffering=1) as log:  # line by line: a killed run keeps its log
+            for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, lr, warmup)
+                loss = loss_of(step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+                    raise FloatingPointError(
+                        f"step {step}: the loss is {loss.item()}, the norm of its gradient {norm.item()}. The weights"
+                        f" are still those before this step, {state_file} (if it is there) is older: mend the data or"
+                        " the loss, or lower the learning rate, and start again"
+                    )
+                optimizer.step()
+                decay = min(ema_decay, (1 + step) / (10 + step))
+                with torch.no_grad():
+                    values = net.state_dict()
+                    torch._foreach_lerp_([ema[k] for k in values], list(values.values()), 1 - decay)
+
+                now = time.monotonic()
+                seconds, last = seconds + now - last, now
+                row = dict(step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"], seconds=round(seconds))
+                log.write(json.dumps(row) + "\n")
+                recent.append(row["loss"])
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
+                if stop:
+                    break
+                if now - saved > 60 * save_minutes:
+                    save(step + 1)
+                    saved = now
+        if start < steps:
+            save(step + 1)
+        if stop:
+            raise KeyboardInterrupt(f"stopped; the state is in {state_file}")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     net.load_state_dict(ema)
     return net

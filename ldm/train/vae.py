@@ -1,6 +1,8 @@
 """Train the default model's VAE: 8 epochs over the training pictures, half an hour on two cores.
 
-python -m ldm.train vae --data emoji64_rgba.npz --out runs/vae
+python -m ldm.train vae
+
+reads runs/emoji64.npz (--data) and writes into runs/vae (--runs).
 """
 
 from pathlib import Path

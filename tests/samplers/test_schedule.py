@@ -282,3 +282,9 @@ def test_steps_out_of_range(steps):
 def test_unknown_spacing():
     with pytest.raises(ValueError, match=r"'sideways'.*leading, trailing, linspace, karras"):
         schedule.sigmas(20, "sideways")
+
+
+@pytest.mark.parametrize("end", [-1.0, 1.0, 20.0])
+def test_end_out_of_range(end):
+    with pytest.raises(ValueError, match=f"end={end}: give 0, or the sigma of t = 0"):
+        schedule.sigmas(20, end=end)
