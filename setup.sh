@@ -9,7 +9,8 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 # Without an NVIDIA GPU, torch's CPU build saves gigabytes. Where pip is told to look at places of your own, they decide.
 torch_from=()
-if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! pip config list | grep -qE 'index-url|find-links'; then
+own_places=$(pip config list | grep -E 'index-url|find-links' || true)
+if [ "$(uname -s)" = Linux ] && [ -z "$own_places" ] && ! command -v nvidia-smi >/dev/null; then
     torch_from=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
 pip install -q -c constraints.txt ${torch_from[@]+"${torch_from[@]}"} torch

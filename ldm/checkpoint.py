@@ -101,6 +101,12 @@ NOT_MODELS = {
     ),
 }
 
+# Flags by which fine-tuned models say how they were trained, where that is not on Stable Diffusion's own schedule.
+FLAGS = {
+    "ztsnr": "trained on a schedule that ends in pure noise (zero terminal SNR)",
+    "edm_.*": "trained on EDM's noise levels, with a scaling of its own",
+}
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -134,7 +140,7 @@ def existing(path: str | Path) -> Path:
     if not Path(path).exists():
         raise CheckpointError(
             f"{path} does not exist. Nothing is downloaded: a model of the Hugging Face hub must be fetched first,"
-            " `huggingface-cli download OWNER/NAME --local-dir FOLDER`, and FOLDER given here"
+            " `hf download OWNER/NAME --local-dir FOLDER`, and FOLDER given here"
         )
     return Path(path)
 
@@ -144,6 +150,12 @@ def open_file(path: Path, own_vae: bool) -> tuple[Model, dict[str, Source], Toke
     model = detect(source)
     if source.shapes.pop("v_pred", None) is not None:  # the flag by which fine-tuned models say it
         model = replace(model, scheduler={**model.scheduler, "prediction_type": "v_prediction"})
+    for pattern, trained in FLAGS.items():
+        if flags := [name for name in source.shapes if re.fullmatch(pattern, name)]:
+            raise CheckpointError(
+                f"{path} has the flag {flags[0]}: it was {trained}. This version only runs Stable Diffusion's own"
+                " schedule, from which such a model makes other pictures: load a model without the flag"
+            )
     if not own_vae:
         source.drop(ldm.vae.keys.PREFIX)
     return model, dict.fromkeys(NETS, source), Tokenizer.official()
@@ -165,7 +177,7 @@ def open_folder(path: Path, own_vae: bool, dtype: torch.dtype | None) -> tuple[M
     if own_vae:
         stems["vae"] = "diffusion_pytorch_model"
     sources = {part: folder.weights(path / part, stem, dtype) for part, stem in stems.items()}
-    return model, sources, folder.tokenizer(path / "tokenizer", text.length)
+    return model, sources, folder.tokenizer(path / "tokenizer", text)
 
 
 def detect(source: Source) -> Model:

@@ -13,29 +13,30 @@ import torch
 from ldm.clip import TextConfig
 from ldm.clip.text_encoder import ACTIVATIONS
 from ldm.clip.tokenizer import END, Tokenizer
+from ldm.samplers import PREDICTION_TYPES, Schedule
 from ldm.source import PICKLES, CheckpointError, Source, conversion
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 
-# For each net: the fields that are read, with diffusers' or transformers' defaults; those that have one accepted value;
-# those that do not matter here. Any other field must be off: null, false or 0.
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+
+# For each net: the fields that are read, with diffusers' or transformers' defaults, whose kind a value must have; those
+# that are one number, or a list with one for each level; those that have one accepted value; those that do not matter
+# here. Any other field must be off: null, false or 0.
 UNET_READ = {
-    "sample_size": None,
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": [320, 640, 1280, 1280],
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "layers_per_block": 2,
-    "transformer_layers_per_block": 1,
-    "attention_head_dim": 8,
     "cross_attention_dim": 1280,
     "use_linear_projection": False,
     "norm_num_groups": 32,
 }
+UNET_PER_LEVEL = {"transformer_layers_per_block": 1, "attention_head_dim": 8}
 UNET_FIXED = {
     "act_fn": "silu",
     "attention_type": "default",
@@ -50,7 +51,7 @@ UNET_FIXED = {
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
 }
-UNET_FREE = ("dropout", "upcast_attention", "addition_embed_type_num_heads")
+UNET_FREE = (*UNET_PER_LEVEL, "sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")
 
 VAE_READ = {
     "block_out_channels": [64],
@@ -82,8 +83,7 @@ TEXT_READ = {
     "eos_token_id": 49407,
     "layer_norm_eps": 1e-5,
 }
-
-SCHEDULER_NEEDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+KINDS = {bool: "true or false", str: "text", int: "whole numbers above 0", float: "numbers above 0"}
 
 
 def check_index(path: Path) -> None:
@@ -98,17 +98,18 @@ def check_index(path: Path) -> None:
 
 def unet_config(part: Path) -> UNetConfig:
     where = part / "config.json"
-    c = read_config(where, UNET_READ, UNET_FIXED, UNET_FREE)
-    for field in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
-        accept(where, c, field, isinstance(c[field], int), "a single number")
+    c = UNET_PER_LEVEL | read_config(where, UNET_READ, UNET_FIXED, UNET_FREE)
     channels, down = c["block_out_channels"], c["down_block_types"]
-    known = len(down) == len(channels) and set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}
-    accept(where, c, "down_block_types", known, "CrossAttnDownBlock2D or DownBlock2D, one for each level")
+    check_groups(where, c)
+    known = len(down) == len(channels) and set(down) <= set(DOWN)
+    accept(where, c, "down_block_types", known, f"{' or '.join(DOWN)}, one for each level")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
     accept(where, c, "up_block_types", c["up_block_types"] == mirrored, f"the mirror image of the way down, {mirrored}")
 
     depths = per_level(where, c, "transformer_layers_per_block", len(channels))
     counts = per_level(where, c, "attention_head_dim", len(channels))  # a misnomer of diffusers': the number of heads
+    whole = all(width % count == 0 for width, count in zip(channels, counts, strict=True))
+    accept(where, c, "attention_head_dim", whole, f"numbers of heads that divide block_out_channels, {channels}")
     widths = {width // count for width, count in zip(channels, counts, strict=True)}
     same = len(set(counts)) == 1
     accept(where, c, "attention_head_dim", same or len(widths) == 1, "as many heads, or heads as wide, at every level")
@@ -130,22 +131,29 @@ def unet_config(part: Path) -> UNetConfig:
 def per_level(where: Path, config: Mapping, field: str, levels: int) -> list[int]:
     value = config[field]
     values = value if isinstance(value, list) else [value] * levels
-    good = len(values) == levels and all(isinstance(v, int) for v in values)
-    accept(where, config, field, good, f"a whole number, or one for each of the {levels} levels")
+    good = len(values) == levels and like(values, [1])
+    accept(where, config, field, good, f"a whole number above 0, or one for each of the {levels} levels")
     return values
+
+
+def check_groups(where: Path, config: Mapping) -> None:
+    channels = config["block_out_channels"]
+    whole = all(width % config["norm_num_groups"] == 0 for width in channels)
+    accept(where, config, "norm_num_groups", whole, f"a number that divides block_out_channels, {channels}")
 
 
 def sample_size(part: Path) -> int:
     """The native side in latents; 64, as SD 1's, where the config leaves it open."""
     where = part / "config.json"
     c = {"sample_size": None} | read_json(where)
-    accept(where, c, "sample_size", c["sample_size"] is None or isinstance(c["sample_size"], int), "a whole number")
+    accept(where, c, "sample_size", c["sample_size"] is None or like(c["sample_size"], 1), "a whole number above 0")
     return c["sample_size"] or 64
 
 
 def vae_config(part: Path) -> VAEConfig:
     where = part / "config.json"
     c = read_config(where, VAE_READ, VAE_FIXED, VAE_FREE)
+    check_groups(where, c)
     for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         levels = [kind] * len(c["block_out_channels"])
         accept(where, c, field, c[field] == levels, levels)
@@ -160,10 +168,13 @@ def vae_config(part: Path) -> VAEConfig:
 
 def text_config(part: Path) -> TextConfig:
     where = part / "config.json"
-    c = {**TEXT_READ, **read_json(where)}
+    c = TEXT_READ | read_json(where)
+    check_kinds(where, c, TEXT_READ)
     accept(where, c, "hidden_act", c["hidden_act"] in ACTIVATIONS, " or ".join(ACTIVATIONS))
     accept(where, c, "layer_norm_eps", c["layer_norm_eps"] == 1e-5, 1e-5)
     accept(where, c, "intermediate_size", c["intermediate_size"] == 4 * c["hidden_size"], "4 times hidden_size")
+    whole = c["hidden_size"] % c["num_attention_heads"] == 0
+    accept(where, c, "num_attention_heads", whole, f"a number that divides hidden_size, {c['hidden_size']}")
     return TextConfig(
         vocab_size=c["vocab_size"],
         length=c["max_position_embeddings"],
@@ -179,28 +190,46 @@ def text_config(part: Path) -> TextConfig:
 def scheduler(part: Path) -> dict[str, Any]:
     where = part / "scheduler_config.json"
     c = {"prediction_type": "epsilon"} | read_json(where)
-    if missing := [field for field in SCHEDULER_NEEDS if field not in c]:
-        raise CheckpointError(f"{where} lacks {', '.join(missing)}")
-    accept(where, c, "prediction_type", c["prediction_type"] in ("epsilon", "v_prediction"), "epsilon or v_prediction")
-    for field in ("trained_betas", "rescale_betas_zero_snr"):
-        accept(where, c, field, not c.get(field), "null or false")
+    accept(where, c, "prediction_type", c["prediction_type"] in PREDICTION_TYPES, " or ".join(PREDICTION_TYPES))
+    try:
+        Schedule.from_config(c)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     return c
 
 
-def tokenizer(part: Path, length: int) -> Tokenizer:
+def tokenizer(part: Path, text: TextConfig) -> Tokenizer:
     """Reads vocab.json and merges.txt, or tokenizer.json alone, as transformers 5 writes."""
-    settings: dict[str, Any] = {"model_max_length": length, "pad_token": END}
+    settings: dict[str, Any] = {"model_max_length": text.length, "pad_token": END}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second overrides the first
         settings |= read_json(part / name) if (part / name).is_file() else {}
-    pad = settings["pad_token"]
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    length = min(length, settings["model_max_length"])  # transformers writes 1e30 for no limit
+    limit, pad = settings["model_max_length"], settings["pad_token"]
+    accept(part, settings, "model_max_length", like(limit, 1.0) and limit > 2, "a number above 2")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    accept(part, settings, "pad_token", isinstance(pad, str), "a token, or an object with its content")
+    length = int(min(text.length, limit))  # transformers writes 1e30 for no limit
     vocab, merges, both = part / "vocab.json", part / "merges.txt", part / "tokenizer.json"
-    if vocab.is_file() and merges.is_file():
-        return Tokenizer.from_files(vocab, merges, length, pad)
-    if not both.is_file():
+    two = vocab.is_file() and merges.is_file()
+    if not two and not both.is_file():
         raise CheckpointError(f"no tokenizer in {part}: looked for vocab.json with merges.txt, and for tokenizer.json")
-    model = read_json(both)["model"]
+    where = f"{vocab} with {merges.name}" if two else str(both)
+    try:
+        made = Tokenizer.from_files(vocab, merges, length, pad) if two else from_tokenizer_json(both, length, pad)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(
+            f"{where} is no tokenizer: {error!r}. Accepted is a vocab of tokens and their ids, and merges of two tokens"
+            " of it each"
+        ) from error
+    if (highest := max(made.vocab.values())) >= text.vocab_size:
+        raise CheckpointError(
+            f"{where}: its highest id is {highest}, but the text encoder's vocab_size is {text.vocab_size}:"
+            " give a tokenizer and a text encoder that belong together"
+        )
+    return made
+
+
+def from_tokenizer_json(path: Path, length: int, pad: str) -> Tokenizer:
+    model = read_json(path)["model"]
     pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
     return Tokenizer(model["vocab"], pairs, length, pad)
 
@@ -213,11 +242,20 @@ def weights(part: Path, stem: str, dtype: torch.dtype | None) -> Source:
     for path in (part / name for name in names):
         if path.is_file():
             index = path.suffix == ".json"
-            shards = sorted(set(read_json(path)["weight_map"].values())) if index else [path.name]
+            shards = shards_of(path) if index else [path.name]
             return Source(part, [part / shard for shard in shards])
-    pickles = [path for path in part.glob(f"*{stem}*") if path.suffix in PICKLES]
-    hint = "".join(f"\n{path.name} is a pickle. To convert it:\n{conversion(path)}" for path in pickles)
+    hint = ""
+    for path in sorted(path for path in part.glob(f"*{stem}*") if path.suffix in PICKLES):
+        target = part / f"{stem}{path.stem.partition(stem)[2]}.safetensors"  # pytorch_model.bin, but model.safetensors
+        hint += f"\n{path.name} is a pickle. To convert it:\n{conversion(path, target)}"
     raise CheckpointError(f"no weights in {part}: looked for {', '.join(names)}{hint}")
+
+
+def shards_of(index: Path) -> list[str]:
+    c = {"weight_map": None} | read_json(index)
+    files = c["weight_map"].values() if isinstance(c["weight_map"], dict) else []
+    accept(index, c, "weight_map", like(list(files), [""]), "an object of tensors and the files they are in")
+    return sorted(set(files))
 
 
 def read_config(where: Path, read: Mapping, fixed: Mapping, free: tuple[str, ...]) -> dict[str, Any]:
@@ -228,7 +266,24 @@ def read_config(where: Path, read: Mapping, fixed: Mapping, free: tuple[str, ...
         elif field not in read and field not in free and not field.startswith("_"):
             off = not any(value) if isinstance(value, list) else not value
             accept(where, c, field, off, "null or false")
-    return {**read, **c}
+    c = {**read, **c}
+    check_kinds(where, c, read)
+    return c
+
+
+def check_kinds(where: Path, config: Mapping, read: Mapping) -> None:
+    for field, default in read.items():
+        kind = f"a list of {KINDS[type(default[0])]}" if isinstance(default, list) else KINDS[type(default)]
+        accept(where, config, field, like(config[field], default), kind)
+
+
+def like(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's kind, as KINDS says; a list has at least one item."""
+    if isinstance(default, list):
+        return isinstance(value, list) and len(value) > 0 and all(like(item, default[0]) for item in value)
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    return type(value) in (int, type(default)) and value > 0
 
 
 def accept(where: Path, config: Mapping, field: str, good: bool, accepted: Any) -> None:
@@ -238,8 +293,11 @@ def accept(where: Path, config: Mapping, field: str, good: bool, accepted: Any) 
 
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path.parents[1]} has no {path.parent.name}/{path.name}, and cannot be loaded without")
+        raise CheckpointError(f"{path.parent} has no {path.name}, and cannot be loaded without")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is {str(value)[:40]}: accepted is a JSON object, {{...}}")
+    return value

@@ -1,6 +1,7 @@
 """Where weights come from: safetensors files, memory-mapped. What is not one is refused with what to do about it."""
 
 import re
+import shlex
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -58,7 +59,7 @@ def open_safetensors(path: Path) -> safe_open:
     if path.suffix in PICKLES or head.startswith(b"PK"):
         raise CheckpointError(
             f"{path} is a pickle, which may run any code when it is opened: only safetensors files are loaded."
-            f" To convert it:\n{conversion(path)}"
+            f" To convert it:\n{conversion(path, path.with_suffix('.safetensors'))}"
         )
     if head.startswith(b"version "):
         raise CheckpointError(f"{path} is a Git LFS pointer ({size} bytes), not the weights: run `git lfs pull` there")
@@ -72,10 +73,11 @@ def open_safetensors(path: Path) -> safe_open:
         ) from error
 
 
-def conversion(path: Path) -> str:
-    """The command that writes a pickle's tensors, and runs no code of it, beside it as safetensors."""
-    return (
-        f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path}', 'cpu', weights_only=True);"
+def conversion(pickle: Path, target: Path) -> str:
+    """The shell command that writes a pickle's tensors, and runs no code of it, to a safetensors file."""
+    code = (
+        "import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], 'cpu', weights_only=True);"
         " s.save_file({k: v.contiguous().clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')},"
-        f" '{path.with_suffix('.safetensors')}')\""
+        " sys.argv[2])"
     )
+    return f'python -c "{code}" {shlex.quote(str(pickle))} {shlex.quote(str(target))}'

@@ -1,6 +1,7 @@
 """Loading: official single files, diffusers folders, separate VAEs; memory, network, and every way to get it wrong."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -28,7 +29,7 @@ from synthetic import (
 from ldm import checkpoint
 from ldm.checkpoint import CONV_IN, OFFICIAL, CheckpointError, Plan, check, load
 from ldm.clip.tokenizer import Tokenizer
-from ldm.source import Source, conversion
+from ldm.source import Source
 from ldm.vae import VAE
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -250,6 +251,19 @@ def test_a_net_stored_in_two_dtypes_takes_the_wider(nets, tmp_path):
     assert {p.dtype for p in parts.unet.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("ztsnr", "has the flag ztsnr: it was trained on a schedule that ends in pure noise"),
+        ("edm_mean", "has the flag edm_mean: it was trained on EDM's noise levels"),
+        ("edm_vpred.sigma_max", "has the flag edm_vpred.sigma_max: it was trained on EDM's noise levels"),
+    ],
+)
+def test_flags_of_other_schedules(flag, message, nets, tmp_path):
+    tensors = single_file(nets) | {"v_pred": torch.zeros(0), flag: torch.zeros(0)}
+    assert_refused(message, write(tmp_path / "model.safetensors", tensors))
+
+
 def test_v_prediction_flag(nets, tmp_path):
     path = write(tmp_path / "model.safetensors", single_file(nets) | {"v_pred": torch.zeros(0)})
     assert load(path).scheduler == {**TINY.scheduler, "prediction_type": "v_prediction"}
@@ -372,7 +386,7 @@ def test_single_file_without_a_part(prefix, message, nets, tmp_path):
 
 
 def test_path_that_does_not_exist(file):
-    message = "runwayml/sd does not exist. Nothing is downloaded: .* `huggingface-cli download OWNER/NAME"
+    message = "runwayml/sd does not exist. Nothing is downloaded: .* `hf download OWNER/NAME --local-dir FOLDER`"
     assert_refused(message, "runwayml/sd")
     assert_refused(message, file, vae="runwayml/sd")
 
@@ -395,16 +409,17 @@ def test_file_that_is_not_safetensors(change, message, file):
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
-def test_pickle_is_refused_and_the_way_to_convert_it_works(suffix, nets, tmp_path):
+def test_pickle_is_refused_and_the_way_to_convert_it_works(suffix, nets, tmp_path, monkeypatch):
     tensors = single_file(nets)
-    path = tmp_path / f"model{suffix}"
+    path = tmp_path / f'it\'s $HOME, "mine"{suffix}'
     torch.save({"state_dict": tensors, "global_step": 1}, path)
     with pytest.raises(CheckpointError, match="is a pickle, which may run any code") as caught:
         load(path)
-    command = str(caught.value).splitlines()[-1]
-    assert command == conversion(path)
-    exec(shlex.split(command)[2], {})
-    assert_same(load(tmp_path / "model.safetensors").unet, nets[0].state_dict())
+    python, option, code, *arguments = shlex.split(str(caught.value).splitlines()[-1])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", [option, *arguments])
+    exec(code, {})
+    assert_same(load(path.with_suffix(".safetensors")).unet, nets[0].state_dict())
 
 
 @pytest.mark.parametrize(
@@ -438,11 +453,11 @@ def test_other_official_models_are_known_by_name(row, tmp_path):
     ("gone", "message"),
     [
         ("model_index.json", "is not a diffusers folder: it has no model_index.json"),
-        ("unet", r"model has no unet/config.json"),
-        ("unet/config.json", r"model has no unet/config.json"),
-        ("vae", r"model has no vae/config.json"),
-        ("text_encoder", r"model has no text_encoder/config.json"),
-        ("scheduler", r"model has no scheduler/scheduler_config.json"),
+        ("unet", r"model/unet has no config.json"),
+        ("unet/config.json", r"model/unet has no config.json"),
+        ("vae", r"model/vae has no config.json"),
+        ("text_encoder", r"model/text_encoder has no config.json"),
+        ("scheduler", r"model/scheduler has no scheduler_config.json"),
         ("tokenizer", r"no tokenizer in .*: looked for vocab.json with merges.txt, and for tokenizer.json"),
         (
             "unet/diffusion_pytorch_model.safetensors",
@@ -462,10 +477,28 @@ def test_folder_with_a_single_file_in_it(file):
     assert_refused("it has model.safetensors: a single file is given by its own path", file.parent)
 
 
-def test_folder_with_pickles(model):
-    part = model / "text_encoder"
-    (part / "model.safetensors").rename(part / "pytorch_model.bin")
-    assert_refused(r"no weights in .*\npytorch_model.bin is a pickle. To convert it:\npython -c ", model)
+def test_separate_vae_that_is_the_current_folder(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(r"^\. has no config.json", file, vae=".")
+
+
+@pytest.mark.parametrize(
+    ("part", "pickle", "wanted"),
+    [
+        ("text_encoder", "pytorch_model.bin", "model.safetensors"),
+        ("unet", "diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_folder_with_pickles(part, pickle, wanted, model, reference):
+    """In a shell, the shown command writes what the loader looks for, which is not always the pickle's own name."""
+    torch.save(load_file(model / part / wanted), model / part / pickle)
+    (model / part / wanted).unlink()
+    model = model.rename(model.with_name("it's $HOME"))
+    with pytest.raises(CheckpointError, match=rf"no weights in .*\n{pickle} is a pickle. To convert it:\n") as caught:
+        load(model)
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(str(caught.value).splitlines()[-1], shell=True, check=True, env=os.environ | path)
+    assert_same(getattr(load(model), part), diffusers_state(reference, part))
 
 
 def test_folder_without_a_shard(both, tmp_path):
@@ -475,9 +508,48 @@ def test_folder_without_a_shard(both, tmp_path):
     assert_refused(f"{shard.name} does not exist", path)
 
 
-def test_folder_with_broken_json(model):
-    (model / "unet" / "config.json").write_text("{")
-    assert_refused("config.json is not JSON", model)
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("unet/config.json", "{", "unet/config.json is not JSON"),
+        ("unet/config.json", "[]", r"unet/config.json is \[\]: accepted is a JSON object"),
+        ("vae/config.json", "null", "vae/config.json is None: accepted is a JSON object"),
+        ("model_index.json", '"model"', "model_index.json is model: accepted is a JSON object"),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", "{}", "weight_map is None, but .* an object of"),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": 1}}', "weight_map is .*'a': 1"),
+    ],
+)
+def test_folder_with_broken_json(file, text, message, model):
+    if file.endswith(".safetensors.index.json"):
+        (model / file.removesuffix(".index.json")).unlink()
+    (model / file).write_text(text)
+    assert_refused(message, model)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "{}"}, "tokenizer.json is no tokenizer: KeyError.'model'.. Accepted is a vocab of tokens"),
+        ({"tokenizer.json": '{"model": {"vocab": [], "merges": []}}'}, "tokenizer.json is no tokenizer: .*Accepted is"),
+        ({"vocab.json": "[", "merges.txt": ""}, "vocab.json with merges.txt is no tokenizer: JSONDecodeError"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json with merges.txt is no tokenizer: .*Accepted is"),
+        ({"vocab.json": None, "merges.txt": "c a t"}, "vocab.json with merges.txt is no tokenizer: ValueError"),
+        ({"vocab.json": None, "merges.txt": "c zz"}, "vocab.json with merges.txt is no tokenizer: .*zz.* of vocab"),
+        ({"tokenizer_config.json": '{"model_max_length": null}'}, "model_max_length is None, but .* a number above 2"),
+        ({"tokenizer_config.json": '{"model_max_length": 2}'}, "model_max_length is 2, but .* a number above 2"),
+        ({"tokenizer_config.json": '{"pad_token": null}'}, "pad_token is None, but .* a token, or an object with its"),
+        ({"tokenizer_config.json": '{"pad_token": "[PAD]"}'}, r"has no '\[PAD\]'; name a token that it has"),
+    ],
+)
+def test_folder_with_a_broken_tokenizer(files, message, model):
+    for name, text in files.items():
+        (model / "tokenizer" / name).write_text(json.dumps(vocabulary()[0]) if text is None else text)
+    assert_refused(message, model)
+
+
+def test_folder_whose_tokenizer_is_not_the_text_encoders(model):
+    edit_json(model / "text_encoder" / "config.json", vocab_size=519, eos_token_id=518)
+    assert_refused("tokenizer.json: its highest id is 519, but the text encoder's vocab_size is 519", model)
 
 
 @pytest.mark.parametrize(
@@ -494,20 +566,37 @@ def test_folder_with_broken_json(model):
         ("unet/config.json", "transformer_layers_per_block", [[1], 1]),
         ("unet/config.json", "attention_head_dim", [4, 4, 4]),
         ("unet/config.json", "attention_head_dim", [4, 2]),
+        ("unet/config.json", "attention_head_dim", 0),
+        ("unet/config.json", "attention_head_dim", 5),
+        ("unet/config.json", "attention_head_dim", None),
+        ("unet/config.json", "block_out_channels", None),
+        ("unet/config.json", "block_out_channels", []),
+        ("unet/config.json", "down_block_types", None),
+        ("unet/config.json", "in_channels", "4"),
+        ("unet/config.json", "use_linear_projection", 1),
+        ("unet/config.json", "norm_num_groups", 5),
         ("unet/config.json", "norm_eps", 1e-6),
         ("unet/config.json", "time_cond_proj_dim", 256),
         ("unet/config.json", "freq_shift", 1),
         ("unet/config.json", "a_field_of_next_year", "on"),
         ("unet/config.json", "sample_size", [32, 64]),
+        ("unet/config.json", "sample_size", 0),
+        ("vae/config.json", "block_out_channels", [8, None]),
+        ("vae/config.json", "norm_num_groups", 3),
+        ("vae/config.json", "scaling_factor", True),
         ("vae/config.json", "down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
         ("vae/config.json", "use_quant_conv", False),
         ("vae/config.json", "shift_factor", 0.1),
         ("text_encoder/config.json", "hidden_act", "relu"),
         ("text_encoder/config.json", "intermediate_size", 100),
         ("text_encoder/config.json", "layer_norm_eps", 1e-6),
+        ("text_encoder/config.json", "num_attention_heads", 5),
+        ("text_encoder/config.json", "num_attention_heads", 0),
+        ("text_encoder/config.json", "hidden_size", None),
         ("scheduler/scheduler_config.json", "prediction_type", "sample"),
         ("scheduler/scheduler_config.json", "trained_betas", [0.1]),
         ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+        ("scheduler/scheduler_config.json", "timestep_spacing", "sideways"),
     ],
 )
 def test_config_that_asks_for_what_the_nets_do_not_do(file, field, value, model):
@@ -517,7 +606,7 @@ def test_config_that_asks_for_what_the_nets_do_not_do(file, field, value, model)
 
 def test_scheduler_without_betas(model):
     (model / "scheduler" / "scheduler_config.json").write_text('{"beta_start": 0.1, "num_train_timesteps": 1000}')
-    assert_refused("scheduler_config.json lacks beta_end, beta_schedule", model)
+    assert_refused("scheduler_config.json: beta_schedule, beta_end missing", model)
 
 
 def test_inpainting_folder(model):
@@ -548,12 +637,14 @@ def peak():  # of this process since it began, in bytes
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
-before, start, busy = peak(), time.perf_counter(), time.process_time()
-parts = checkpoint.load(sys.argv[1])
-seconds, busy = time.perf_counter() - start, time.process_time() - busy
+before, loads = peak(), []
+for _ in range(3):  # the best counts: others use the machine, too
+    start, busy = time.perf_counter(), time.process_time()
+    parts = checkpoint.load(sys.argv[1])
+    loads.append((time.perf_counter() - start, time.process_time() - busy))
 total = sum(p.sum() for net in parts[:3] for p in net.parameters())  # pages that nobody has read are not resident
 assert total == total
-print(seconds, busy, peak() - before)
+print(*min(loads), peak() - before)
 """
 
 
@@ -572,7 +663,7 @@ def test_two_gigabytes_take_one_times_their_size_and_under_three_seconds(full_fi
     seconds, busy, added = map(float, run.stdout.split())
     print(f"{seconds:.2f} s, of which computing {busy:.2f} s, peak memory {added / size:.3f} x the file")
     assert added <= 1.15 * size
-    assert busy < 3  # not what other programs took of the machine: from a warm cache there is nothing else to wait for
+    assert seconds < 3 and busy < 3  # from a warm cache
 
 
 @pytest.mark.full

@@ -167,7 +167,7 @@ def test_help(capsys):
         (["--guidance-scale", "nan"], "ldm: error: guidance_scale=nan"),
         (["--width", "61"], "ldm: error: size 61x"),
         (["--clip-skip", "99"], "ldm: error: clip_skip=99"),
-        (["--seed", "-1"], "ldm: error: seed=-1: give a whole number from 0"),
+        (["--seed", "-1"], "ldm: error: seed=-1: give a whole number of 0 or more"),
         (["-n", "0"], "ldm: error: batch_size=0"),
         (["--image", "none.png"], "ldm: error: [Errno 2] No such file or directory: "),
         (["--image", __file__], "ldm: error: cannot identify image file"),

@@ -1,4 +1,4 @@
-"""What tells one text encoder from another."""
+"""What tells one text encoder from another; the defaults are SD 1's."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,3 @@ class TextConfig:
     heads: int = 12
     activation: str = "quick_gelu"  # or "gelu" (OpenCLIP)
     end_token: int = 49407
-
-
-SD1 = TextConfig()

@@ -31,6 +31,30 @@ def linspace(steps: int) -> Tensor:
 TIMESTEPS: dict[str, Callable[..., Tensor]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
 SPACINGS = (*TIMESTEPS, "karras")
 
+# The fields of a scheduler_config.json: those without which it would mean another schedule, by diffusers' own defaults;
+# those of a few accepted values; those that are not the schedule's, or do nothing in DDIM and Euler. The betas and
+# steps_offset are numbers. Any other field must be off: null, false or 0.
+NEEDED = ("beta_schedule", "beta_start", "beta_end")
+CHOICES: dict[str, tuple] = {
+    "beta_schedule": ("scaled_linear",),
+    "num_train_timesteps": (1000,),
+    "timestep_spacing": (*TIMESTEPS, None),
+    "timestep_type": ("discrete",),
+    "use_karras_sigmas": (True, False, None),
+    "interpolation_type": ("linear",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "final_sigmas_type": ("zero",),
+    "set_alpha_to_one": (True, False),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
+}
+FREE = {
+    *("prediction_type", "skip_prk_steps", "original_inference_steps", "timestep_scaling", "noise_sampler_seed"),
+    *("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
+    *("predict_x0", "disable_corrector", "solver_p", "flow_shift", "time_shift_type"),
+    *("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"),
+}
+
 
 class Schedule:
     """`alphas_cumprod` (1000,) float64 and what follows from it.
@@ -56,24 +80,27 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """From a diffusers scheduler_config.json; ValueError for a schedule that is none of Stable Diffusion's."""
-        known = {
-            "beta_schedule": "scaled_linear",
-            "num_train_timesteps": 1000,
-            "trained_betas": None,
-            "rescale_betas_zero_snr": False,
-            "thresholding": False,
-            "clip_sample": False,
-        }
-        other = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) != value]
-        if other:
-            raise ValueError(
-                f"scheduler_config.json has {', '.join(other)}: only Stable Diffusion's schedule can be run, "
-                + ", ".join(f"{name}={value!r}" for name, value in known.items())
-            )
+        """From a diffusers scheduler_config.json; ValueError for a field that asks for what is not done here.
+
+        A missing set_alpha_to_one is False and a missing steps_offset 1, as in every official folder of Stable
+        Diffusion, not True and 0 as in diffusers' DDIM.
+        """
+        if missing := [field for field in NEEDED if field not in config]:
+            raise ValueError(f"{', '.join(missing)} missing: a scheduler_config.json must have {', '.join(NEEDED)}")
+        for field, value in config.items():
+            if field in CHOICES:
+                good, accepted = value in CHOICES[field], " or ".join(map(repr, CHOICES[field]))
+            elif field in ("beta_start", "beta_end"):
+                good, accepted = isinstance(value, float) and 0 < value < 1, "a number between 0 and 1"
+            elif field == "steps_offset":
+                good, accepted = type(value) is int and 0 <= value < 1000, "a whole number from 0 to 999"
+            else:
+                good, accepted = field in FREE or field.startswith("_") or not value, "null or false"
+            if not good:
+                raise ValueError(f"{field} is {value!r}, but this version only does {accepted}")
         return cls(
-            config.get("beta_start", 0.00085),
-            config.get("beta_end", 0.012),
+            config["beta_start"],
+            config["beta_end"],
             "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing"),
             config.get("steps_offset", 1),
             config.get("set_alpha_to_one", False),

@@ -78,7 +78,7 @@ def train_vocabulary(metas: Iterable[dict], folder: Path) -> None:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != VOCABULARY:
-        raise ValueError(f"the captions give {len(vocab)} tokens of the {VOCABULARY} asked for: more captions are needed")
+        raise ValueError(f"the captions give {len(vocab)} of the {VOCABULARY} tokens: there must be more of them")
     config = dict(
         tokenizer_class="CLIPTokenizer",
         model_max_length=LENGTH,

@@ -1,4 +1,4 @@
-"""What tells one official UNet from another: a row of numbers."""
+"""What tells one official UNet from another: a row of numbers. The defaults are SD 1's."""
 
 from dataclasses import dataclass
 
@@ -26,6 +26,3 @@ class UNetConfig:
             return channels // self.head_width
         assert self.heads is not None, "one of heads and head_width"
         return self.heads
-
-
-SD1 = UNetConfig()

@@ -1,5 +1,10 @@
 """The table and its spacings against diffusers and k-diffusion; every place where they differ on purpose is a test."""
 
+import json
+import re
+from inspect import signature
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -252,25 +257,76 @@ def test_from_config():
     assert (made.spacing, made.set_alpha_to_one, made.steps_offset) == ("trailing", True, 0)
     assert torch.equal(made.alphas_cumprod, schedule.alphas_cumprod)
     assert Schedule.from_config(SD1 | {"use_karras_sigmas": True}).spacing == "karras"
+    bare = Schedule.from_config({name: value for name, value in SD1.items() if name != "steps_offset"})
+    assert (bare.spacing, bare.set_alpha_to_one, bare.steps_offset) == (None, False, 1)
     bent = Schedule.from_config(SD1 | {"beta_end": 0.02})
     theirs = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)
     assert difference(bent.alphas_cumprod, torch.from_numpy(theirs)) < 1e-12
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("field", "value", "accepted"),
     [
-        {"beta_schedule": "linear"},
-        {"num_train_timesteps": 500},
-        {"trained_betas": [0.1, 0.2]},
-        {"rescale_betas_zero_snr": True},
-        {"clip_sample": True},
-        {"thresholding": True},
+        ("beta_schedule", "linear", "'scaled_linear'"),
+        ("beta_start", "0.00085", "a number between 0 and 1"),
+        ("beta_start", 0.0, "a number between 0 and 1"),
+        ("beta_end", None, "a number between 0 and 1"),
+        ("num_train_timesteps", 500, "1000"),
+        ("steps_offset", 1.5, "a whole number from 0 to 999"),
+        ("steps_offset", True, "a whole number from 0 to 999"),
+        ("steps_offset", -1, "a whole number from 0 to 999"),
+        ("set_alpha_to_one", None, "True or False"),
+        ("timestep_spacing", "sideways", "'leading' or 'trailing' or 'linspace' or None"),
+        ("timestep_type", "continuous", "'discrete'"),
+        ("trained_betas", [0.1, 0.2], "null or false"),
+        ("rescale_betas_zero_snr", True, "null or false"),
+        ("clip_sample", True, "null or false"),
+        ("thresholding", True, "null or false"),
+        ("use_karras_sigmas", "no", "True or False or None"),
+        ("use_exponential_sigmas", True, "null or false"),
+        ("use_beta_sigmas", True, "null or false"),
+        ("use_lu_lambdas", True, "null or false"),
+        ("use_flow_sigmas", True, "null or false"),
+        ("invert_sigmas", True, "null or false"),
+        ("interpolation_type", "log_linear", "'linear'"),
+        ("sigma_min", 0.0, "None"),
+        ("sigma_max", 80.0, "None"),
+        ("final_sigmas_type", "sigma_min", "'zero'"),
+        ("variance_type", "learned_range", "'fixed_small' or 'fixed_small_log' or .* or None"),
+        ("a_field_of_next_year", "on", "null or false"),
     ],
 )
-def test_from_config_refuses_other_schedules(other):
-    with pytest.raises(ValueError, match=next(iter(other))):
-        Schedule.from_config(SD1 | other)
+def test_from_config_refuses_other_schedules(field, value, accepted):
+    message = f"^{field} is {re.escape(repr(value))}, but this version only does {accepted}$"
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_config(SD1 | {field: value})
+
+
+@pytest.mark.parametrize("missing", ["beta_schedule", "beta_start", "beta_end"])
+def test_from_config_needs_the_betas(missing):
+    """diffusers would take other ones: its defaults are not Stable Diffusion's."""
+    with pytest.raises(ValueError, match=f"^{missing} missing: "):
+        Schedule.from_config({name: value for name, value in SD1.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        *(diffusers.DDIMScheduler, diffusers.DDPMScheduler, diffusers.PNDMScheduler, diffusers.LCMScheduler),
+        *(diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler, diffusers.LMSDiscreteScheduler),
+        *(diffusers.HeunDiscreteScheduler, diffusers.KDPM2DiscreteScheduler, diffusers.TCDScheduler),
+        *(diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler),
+        *(diffusers.UniPCMultistepScheduler, diffusers.DEISMultistepScheduler),
+    ],
+)
+def test_from_config_takes_what_diffusers_writes(scheduler, tmp_path):
+    """Whatever scheduler a folder was saved with: what its class adds at its defaults does not matter to ours."""
+    saved = {} if "clip_sample" not in signature(scheduler.__init__).parameters else {"clip_sample": False}
+    scheduler(**SD1, **saved).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    made = Schedule.from_config(config)
+    assert made.spacing == config.get("timestep_spacing") and made.steps_offset == 1
+    assert torch.equal(made.alphas_cumprod, schedule.alphas_cumprod)
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
