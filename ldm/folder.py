@@ -168,7 +168,7 @@ def vae_config(part: Path) -> VAEConfig:
 
 def text_config(part: Path) -> TextConfig:
     where = part / "config.json"
-    c = TEXT_READ | read_json(where)
+    c: dict[str, Any] = {**TEXT_READ, **read_json(where)}
     check_kinds(where, c, TEXT_READ)
     accept(where, c, "hidden_act", c["hidden_act"] in ACTIVATIONS, " or ".join(ACTIVATIONS))
     accept(where, c, "layer_norm_eps", c["layer_norm_eps"] == 1e-5, 1e-5)
@@ -204,8 +204,8 @@ def tokenizer(part: Path, text: TextConfig) -> Tokenizer:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second overrides the first
         settings |= read_json(part / name) if (part / name).is_file() else {}
     limit, pad = settings["model_max_length"], settings["pad_token"]
+    pad = pad.get("content", "") if isinstance(pad, dict) else pad
     accept(part, settings, "model_max_length", like(limit, 1.0) and limit > 2, "a number above 2")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
     accept(part, settings, "pad_token", isinstance(pad, str), "a token, or an object with its content")
     length = int(min(text.length, limit))  # transformers writes 1e30 for no limit
     vocab, merges, both = part / "vocab.json", part / "merges.txt", part / "tokenizer.json"

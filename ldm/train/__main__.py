@@ -25,27 +25,22 @@ from ldm.train.vae import CONFIG, train_vae
 from ldm.vae import VAE
 
 
-def trained_vae(runs: Path) -> VAE:
-    vae = VAE(CONFIG)
-    vae.load_state_dict(torch.load(runs / "vae" / "state.pt", weights_only=True)["ema"])
-    return vae.eval().requires_grad_(False)
-
-
 def data_verb(a: argparse.Namespace) -> None:
     if not a.data.exists():
         build(a.data, a.runs / "packages")
 
 
-def vae_verb(a: argparse.Namespace) -> None:
-    train_vae(a.data, a.runs / "vae")
+def vae_verb(a: argparse.Namespace) -> VAE:
+    """The trained VAE; where its training has ended, that is only to load it."""
+    return train_vae(a.data, a.runs / "vae").eval().requires_grad_(False)
 
 
 def diffusion_verb(a: argparse.Namespace) -> None:
-    train_diffusion(a.data, trained_vae(a.runs), a.runs / "diffusion", steps=a.steps)
+    train_diffusion(a.data, vae_verb(a), a.runs / "diffusion", steps=a.steps)
 
 
 def export_verb(a: argparse.Namespace) -> None:
-    folder, vae = a.runs / "diffusion", trained_vae(a.runs)
+    folder, vae = a.runs / "diffusion", vae_verb(a)
     vae.config = replace(CONFIG, scaling_factor=torch.load(folder / "latents.pt", weights_only=True)["scaling_factor"])
     nets = Nets()
     nets.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["ema"])

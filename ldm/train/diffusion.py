@@ -1,6 +1,6 @@
 """Train the default model's UNet and text encoder together, on latents that the VAE has computed once.
 
-python -m ldm.train diffusion --data emoji64_rgba.npz --vae runs/vae --out runs/diffusion
+`python -m ldm.train diffusion`, after `data` and `vae`; it first gives the text encoder its lesson (ldm/train/text.py).
 """
 
 from pathlib import Path
