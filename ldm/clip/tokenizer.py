@@ -83,7 +83,8 @@ class Tokenizer:
         """(B,length) int64: begin, ids, end, padding. Warns with the text that did not fit."""
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
-            ids, cut = (ids := self.ids(text))[: self.length - 2], ids[self.length - 2 :]
+            ids, room = self.ids(text), self.length - 2
+            ids, cut = ids[:room], ids[room:]
             if cut:
                 names = {i: token for token, i in self.vocab.items()}
                 lost = FromBytes().decode([names[i] for i in cut]).replace("</w>", " ").strip()
