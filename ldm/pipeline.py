@@ -164,7 +164,7 @@ class Pipeline:
         # A functools.partial of a sampler counts as that sampler.
         variance_preserving = getattr(sampler, "func", sampler) in VARIANCE_PRESERVING
 
-        sigmas, leading = self._sigmas(s, variance_preserving)
+        sigmas, spacing = self._sigmas(s, variance_preserving)
         starts_anew = start is None or s.strength == 1
         z = torch.zeros(())
         if start is not None and (s.strength < 1 or s.mask is not None):
@@ -178,16 +178,16 @@ class Pipeline:
         if tuple(first.shape) != (s.count, *noise.shape):
             raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
         if starts_anew:
-            x = first * ((1 + sigmas[0] ** 2) ** 0.5 if variance_preserving or leading else sigmas[0])
+            x = first * ((1 + sigmas[0] ** 2) ** 0.5 if variance_preserving or spacing == "leading" else sigmas[0])
         else:
             x = z + sigmas[0] * first
 
         context = self.encode_text(s.texts, s.clip_skip)
         if s.guidance_scale == 1:
-            denoise = net_denoiser(self.unet, context, self.schedule, self.prediction_type)
+            denoise = net_denoiser(self.unet, context, self.schedule, self.prediction_type, spacing == "karras")
         else:
             context = torch.cat([self.encode_text(s.negative_texts, s.clip_skip), context])
-            both = net_denoiser(self.unet, context, self.schedule, self.prediction_type)
+            both = net_denoiser(self.unet, context, self.schedule, self.prediction_type, spacing == "karras")
             denoise = guided(both, s.guidance_scale)
         kept = None if s.mask is None else (z, to_mask(s.mask, *noise.shape[1:]).to(self.device))
         if kept is not None:
@@ -195,13 +195,13 @@ class Pipeline:
         options = {"eta": s.eta} if s.eta else {}
         return x, sigmas, without_grad(sampler(denoise, x, sigmas, noise, **options)), kept
 
-    def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, bool]:
-        """The whole schedule of the call, and whether it is spaced "leading"."""
+    def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, str | None]:
+        """The whole schedule of the call, and the name of its spacing if it has one."""
         if isinstance(s.sigmas, Tensor):
-            return s.sigmas.to("cpu", torch.float64), False
+            return s.sigmas.to("cpu", torch.float64), None
         spacing = s.sigmas or self.schedule.spacing or ("leading" if variance_preserving else "linspace")
         end = self.schedule.sigma_min if variance_preserving and not self.schedule.set_alpha_to_one else 0.0
-        return self.schedule.sigmas(s.steps, spacing, end=end), spacing == "leading"
+        return self.schedule.sigmas(s.steps, spacing, end=end), spacing
 
     def _size(self, s: Settings, start: Image.Image | Tensor | None) -> tuple[int, int]:
         """Width and height in pixels."""

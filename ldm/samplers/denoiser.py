@@ -31,11 +31,13 @@ def net_denoiser(
     context: Tensor,
     schedule: Schedule,
     prediction_type: str = "epsilon",
+    log: bool = False,
 ) -> Denoiser:
     """The UNet as a denoiser under one text: `context` (B,n,width) in the dtype in which the net shall run.
 
     prediction_type: "epsilon" (Ho et al. 2020) or "v_prediction": v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho
     2022, appendix D).
+    log: read t between two timesteps off the logarithm of sigma, as k-diffusion always does and diffusers for karras.
     The denoiser raises FloatingPointError when the net returns NaN or infinity.
     """
     if prediction_type not in PREDICTION_TYPES:
@@ -43,7 +45,7 @@ def net_denoiser(
 
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
         scale = (1 + sigma**2) ** 0.5
-        t = schedule.t(sigma).to(x.device, torch.float32)
+        t = schedule.t(sigma, log).to(x.device, torch.float32)
         out = net((x / scale).to(context.dtype), t, context).to(x.dtype)
         if not torch.isfinite(out).all():
             raise FloatingPointError(

@@ -6,6 +6,7 @@ x = x0 + sigma * eps with sigma_t = sqrt((1 - a_t) / a_t): Karras et al. 2022, t
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -121,24 +122,25 @@ class Schedule:
         value = torch.lerp(table[low], table[low + 1], (t - low).to(table.dtype))
         return value.exp() if log else value
 
-    def t(self, sigma: Tensor | float) -> Tensor:
-        """The timestep, with fraction, at which the table has this sigma: linear in log sigma, held at both ends."""
-        table = self._sigmas.log()
-        value = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").log()
+    def t(self, sigma: Tensor | float, log: bool = False) -> Tensor:
+        """The inverse of `sigma` with the same `log`: a timestep with its fraction, held at both ends of the table."""
+        table = self._sigmas.log() if log else self._sigmas
+        value = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+        value = value.log() if log else value
         low = (torch.searchsorted(table, value) - 1).clamp(0, 998)
         return (low + (value - table[low]) / (table[low + 1] - table[low])).clamp(0, 999)
 
     def sigmas(
         self, steps: int, spacing: str | None = None, *, log: bool = False, rho: float = 7.0, end: float = 0.0
     ) -> Tensor:
-        """(steps + 1,) float64, strictly decreasing: where each of `steps` steps starts, and `end` (0 or sigma_min).
+        """(steps + 1,) float64, strictly decreasing: where each of `steps` steps starts, and `end`.
 
         spacing: leading, trailing, linspace (the default), or karras (Karras et al. 2022, eq. 5). `log` interpolates
         log sigma instead of sigma, as k-diffusion's get_sigmas does; it matters for linspace alone. Where the last
         step already starts at sigma_min, the end is 0 whatever was asked for. Raises ValueError outside 1..1000.
         """
         spacing = spacing or self.spacing or "linspace"
-        if not isinstance(steps, int) or not 1 <= steps <= 1000:
+        if not isinstance(steps, Integral) or not 1 <= steps <= 1000:
             raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so steps goes from 1 to 1000")
         if spacing not in SPACINGS:
             raise ValueError(
@@ -151,8 +153,9 @@ class Schedule:
         else:
             options = {"offset": self.steps_offset} if spacing == "leading" else {}
             sigmas = self.sigma(TIMESTEPS[spacing](steps, **options), log)
-        if not 0 <= end <= self.sigma_min:
-            raise ValueError(f"end={end}: give 0, or the sigma of t = 0, {self.sigma_min:.6f}")
-        if math.isclose(sigmas[-1].item(), self.sigma_min, rel_tol=1e-9):
+        last = sigmas[-1].item()
+        if math.isclose(last, self.sigma_min, rel_tol=1e-9):
             end = 0.0
+        if not 0 <= end < last:
+            raise ValueError(f"end={end}: give a sigma of 0 or more, below that of the last step, {last:.6f}")
         return torch.cat([sigmas, torch.tensor([end], dtype=torch.float64)])

@@ -123,8 +123,8 @@ def mixture(x: Tensor, sigma: Tensor | float) -> Tensor:
 class MixtureNet:
     """The mixture as a net: variance-preserving x (B,4,h,w) and t in, epsilon or v out. `ts` are the t it was given.
 
-    log: between two timesteps a t means a sigma that is linear in log sigma, as it does to us and to k-diffusion; else
-    linear in sigma, as in diffusers' "linspace".
+    log: between two timesteps a t means a sigma that is linear in log sigma, as to k-diffusion and diffusers' karras;
+    else linear in sigma, as in diffusers' "linspace".
     """
 
     def __init__(self, prediction_type: str, log: bool = True):

@@ -48,10 +48,11 @@ def run(
     x: Tensor,
     sigmas: Tensor,
     noise: Callable[[], Tensor] | None = None,
+    log: bool = False,
     **options: float,
 ) -> list[Tensor]:
     """x at every sigma."""
-    denoise = net_denoiser(net, CONTEXT, schedule, net.prediction_type)
+    denoise = net_denoiser(net, CONTEXT, schedule, net.prediction_type, log)
     return [x] + [step.x for step in sampler(denoise, x, sigmas, noise, **options)]
 
 
@@ -65,7 +66,8 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def test_euler_diffusers(spacing, steps, prediction_type):
     (noise,) = draw(1)
     scheduler = diffusers_euler(spacing, steps, prediction_type)
-    their_net = MixtureNet(prediction_type, log=spacing != "linspace")
+    log = spacing == "karras"
+    their_net = MixtureNet(prediction_type, log)
     x = noise * scheduler.init_noise_sigma
     theirs = [x]
     for t in scheduler.timesteps:
@@ -73,16 +75,12 @@ def test_euler_diffusers(spacing, steps, prediction_type):
         x = scheduler.step(out, t, x).prev_sample
         theirs.append(x)
 
-    net = MixtureNet(prediction_type)
+    net = MixtureNet(prediction_type, log)
     sigmas = schedule.sigmas(steps, spacing)
     start = (1 + sigmas[0] ** 2) ** 0.5 if spacing == "leading" else sigmas[0]
-    assert_equal(run(euler, net, noise * start, sigmas), theirs)
-
-    if spacing == "linspace":  # fractions of t mean another sigma there: test_schedule.test_difference_linspace_t
-        assert net.ts == pytest.approx(their_net.ts, abs=0.003)
-    else:
-        exact = diffusers_euler(spacing, steps, prediction_type, table64=True).timesteps.tolist()
-        assert net.ts == pytest.approx(exact, rel=1e-6, abs=1e-9)
+    assert_equal(run(euler, net, noise * start, sigmas, log=log), theirs)
+    exact = diffusers_euler(spacing, steps, prediction_type, table64=True).timesteps.tolist()
+    assert net.ts == pytest.approx(exact, rel=1e-6, abs=1e-9)
 
 
 def ddim_diffusers(scheduler: DDIMScheduler, net: MixtureNet, draws: list[Tensor], eta: float) -> list[Tensor]:
@@ -136,5 +134,5 @@ def test_euler_k_diffusion(spacing, steps, prediction_type):
 
     net = MixtureNet(prediction_type)
     sigmas = schedule.sigmas(steps, spacing, log=True)
-    assert_equal(run(euler, net, noise * sigmas[0], sigmas), [*theirs, last])
+    assert_equal(run(euler, net, noise * sigmas[0], sigmas, log=True), [*theirs, last])
     assert net.ts == pytest.approx(their_net.ts, rel=1e-6, abs=1e-9)
