@@ -2,7 +2,7 @@
 
 The official models start from a text encoder that has seen 400 million pictures (CLIP). Ours starts by predicting the
 latents of the captioned picture from the mean of its context by one linear map, which is the mean picture that fits the
-words: what a denoiser predicts when there is nothing but noise. It takes minutes and saves the UNet hours.
+words: what a denoiser predicts when there is nothing but noise. It takes minutes.
 """
 
 from pathlib import Path
