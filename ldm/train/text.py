@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.clip import TextEncoder
 from ldm.clip.tokenizer import Tokenizer
 from ldm.train import captions
-from ldm.train.loop import batch_indices, step_generator, train
+from ldm.train.loop import batch_indices, muon_and_adamw, step_generator, train
 
 
 class Reader(nn.Module):
@@ -36,18 +36,21 @@ def train_text(
     *,
     steps: int = 1500,
     batch: int = 128,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     seed: int = 0,
 ) -> TextEncoder:
     """`latents` (n,4,16,16), scaled, one for each of the n descriptions. Returns the text encoder with EMA weights."""
 
-    def loss_of(step: int) -> Tensor:
+    def batch_of(step: int) -> tuple[Tensor, Tensor]:
         generator = step_generator(seed, step)
         rows = batch_indices(len(meta), batch, seed, step)
         texts = [captions.draw_caption(meta[row], generator) for row in rows.tolist()]
-        with torch.autocast("cpu", torch.bfloat16):
-            out = reader(tokenizer(texts))
-        return F.mse_loss(out.float(), latents[rows].flatten(1))
+        return tokenizer(texts), latents[rows].flatten(1)
+
+    def loss_of(ids: Tensor, picture: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = reader(ids)
+        return F.mse_loss(out.float(), picture)
 
     reader = Reader(text_encoder, latents[0].numel())
-    return train(reader, loss_of, folder, steps=steps, lr=lr).text_encoder
+    return train(reader, batch_of, loss_of, muon_and_adamw(reader, lr), folder, steps=steps).text_encoder

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.train import data
-from ldm.train.loop import batch_indices, step_generator, train
+from ldm.train.loop import adamw, batch_indices, step_generator, train
 from ldm.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(channels=(32, 64, 128), layers=1, groups=8, scaling_factor=1.0)  # the factor is measured afterwards
@@ -26,19 +26,22 @@ def train_vae(file: Path, folder: Path, *, steps: int = 2000, batch: int = 32, l
     torch.manual_seed(seed)
     vae = VAE(CONFIG)
 
-    def loss_of(step: int) -> torch.Tensor:
+    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = step_generator(seed, step)
         rows = rgba[batch_indices(len(rgba), batch, seed, step).numpy()]
         third = batch // 3
         colour = colours[int(torch.randint(len(colours), (), generator=generator))]
         pixels = np.concatenate([data.composite(rows[:third], colour), data.composite(rows[third:])])
         image = data.to_tensor(pixels)
-        with torch.autocast("cpu", torch.bfloat16):
+        side = image.shape[-1] // CONFIG.factor
+        return image, torch.randn(batch, CONFIG.latent_channels, side, side, generator=generator)
+
+    def loss_of(image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             mean, std = vae.encode(image)
             mean, std = mean.float(), std.float()
-            z = mean + std * torch.randn(mean.shape, generator=generator)
-            out = vae.decode(z).float()
+            out = vae.decode(mean + std * noise).float()
         kl = 0.5 * (mean**2 + std**2 - 1).mean() - std.log().mean()
         return F.l1_loss(out, image) + 2 * F.mse_loss(out, image) + 1e-4 * kl
 
-    return train(vae, loss_of, folder, steps=steps, lr=lr)
+    return train(vae, batch_of, loss_of, [adamw(list(vae.parameters()), lr)], folder, steps=steps)

@@ -1,5 +1,6 @@
 """An interrupted training is the uninterrupted one, bit for bit. As a script, this file trains and kills itself."""
 
+import copy
 import json
 import os
 import signal
@@ -13,7 +14,17 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ldm.train import loop
-from ldm.train.loop import batch_indices, learning_rate, save_state, step_generator, train, whole_folder
+from ldm.train.loop import (
+    adamw,
+    batch_indices,
+    learning_rate,
+    muon,
+    muon_and_adamw,
+    save_state,
+    step_generator,
+    train,
+    whole_folder,
+)
 
 STEPS, BATCH = 26, 4
 DATA = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
@@ -24,17 +35,34 @@ def tiny():
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
+def batch_of(step):
+    x = DATA[batch_indices(len(DATA), BATCH, 0, step)]
+    noise = torch.randn(x.shape, generator=step_generator(0, step))
+    return x + 0.1 * noise, x.sum(1, keepdim=True)
+
+
 def run(folder, before=lambda step: None, net=None, save_minutes=3.0):
     """Train, and call `before` in each step."""
     net = net or tiny()
 
-    def loss_of(step):
+    def draw(step):
         before(step)
-        x = DATA[batch_indices(len(DATA), BATCH, 0, step)]
-        noise = torch.randn(x.shape, generator=step_generator(0, step))
-        return (net(x + 0.1 * noise) - x.sum(1, keepdim=True)).square().mean()
+        return batch_of(step)
 
-    return train(net, loss_of, folder, steps=STEPS, lr=0.05, warmup=5, save_minutes=save_minutes)
+    def loss_of(x, y):
+        return (net(x) - y).square().mean()
+
+    optimizers = muon_and_adamw(net, 0.2)
+    return train(net, draw, loss_of, optimizers, folder, steps=STEPS, warmup=5, save_minutes=save_minutes)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    """Each takes half of a batch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def state(folder):
@@ -53,8 +81,10 @@ def assert_same(folder, whole):
     for part in ("net", "ema"):
         assert ours[part].keys() == theirs[part].keys()
         assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
-    for i, moments in theirs["optimizer"]["state"].items():
-        assert all(torch.equal(v, ours["optimizer"]["state"][i][k]) for k, v in moments.items())
+    for mine, other in zip(ours["optimizers"], theirs["optimizers"], strict=True):
+        assert mine["state"].keys() == other["state"].keys() != set()
+        for i, moments in other["state"].items():
+            assert all(torch.equal(v, mine["state"][i][k]) for k, v in moments.items())
     assert log(folder) == log(whole)
 
 
@@ -80,7 +110,7 @@ def test_a_whole_run(whole, tmp_path):
     net, before = run(tmp_path), tiny().state_dict()
     assert_same(tmp_path, whole)
     end = state(whole)
-    assert end.keys() == {"net", "optimizer", "ema", "step", "seconds"}
+    assert end.keys() == {"net", "optimizers", "ema", "step", "seconds"}
     assert [row["step"] for row in log(whole)] == list(range(1, STEPS + 1))
     losses = [row["loss"] for row in log(whole)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -100,7 +130,7 @@ def test_ema_and_learning_rate_are_those_of_each_step(tmp_path):
         ema = {k: decay * ema[k] + (1 - decay) * values[k] for k in ema}
     for name, value in ema.items():
         torch.testing.assert_close(end["ema"][name], value, rtol=1e-6, atol=1e-6)
-    assert [row["lr"] for row in log(tmp_path)] == [learning_rate(step, STEPS, 0.05, 5) for step in range(STEPS)]
+    assert [row["lr"] for row in log(tmp_path)] == [0.2 * learning_rate(step, STEPS, 5) for step in range(STEPS)]
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):
@@ -110,6 +140,73 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     assert files == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in tmp_path.iterdir()}
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class TestThreads:
+    """A batch may be divided among any number of threads: the gradient is that of the whole."""
+
+    @pytest.mark.parametrize("threads", [1, 2, 3, 5])
+    def test_shares(self, threads, tmp_path):
+        net, by_hand = tiny(), tiny()
+        values = copy.deepcopy(net.state_dict())
+
+        def loss_of(x, y):
+            assert torch.get_num_threads() == 1
+            lengths.append(len(x))
+            return (net(x) - y).square().mean()
+
+        lengths = []
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            optimizers = [torch.optim.SGD(net.parameters(), lr=0.1)]
+            train(net, batch_of, loss_of, optimizers, tmp_path, steps=1, warmup=1)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        assert sorted(lengths) == {1: [4], 2: [2, 2], 3: [2, 2], 5: [1, 1, 1, 1]}[threads]
+
+        by_hand.load_state_dict(values)
+        x, y = batch_of(0)
+        loss = (by_hand(x) - y).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        torch.optim.SGD(by_hand.parameters(), lr=0.1).step()
+        after = state(tmp_path)["net"]
+        for name, value in by_hand.state_dict().items():
+            torch.testing.assert_close(after[name], value, rtol=1e-6, atol=1e-7)
+        assert log(tmp_path) == [{"step": 1, "loss": pytest.approx(loss.item(), rel=1e-6), "lr": 0.1}]
+
+    def test_uneven_shares(self, tmp_path):
+        """Seven rows on two threads: each row counts the same."""
+        rows, net = torch.arange(7.0), nn.Linear(1, 1, bias=False)
+        weight = net.weight.item()
+        train(net, lambda _: (rows,), lambda x: (net.weight * x).mean(), [adamw([net.weight], 0.1)], tmp_path, steps=1)
+        assert log(tmp_path)[0]["loss"] == pytest.approx(3 * weight, rel=1e-6)
+
+
+class TestOptimizers:
+    def test_the_weights_are_divided(self):
+        net = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 6), nn.Conv2d(2, 3, 3))
+        matrices, rest = muon_and_adamw(net, 0.1)
+        assert [tuple(p.shape) for p in matrices.param_groups[0]["params"]] == [(6, 4), (3, 18)]
+        assert [p.shape for p in rest.param_groups[0]["params"]] == [
+            net[0].weight.shape, net[1].weight.shape, net[1].bias.shape, net[2].bias.shape, net[3].bias.shape
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("module", [nn.Linear(12, 5), nn.Conv2d(3, 5, 2), nn.Conv2d(2, 30, 3)])
+    def test_a_step_of_muon_is_the_nearest_orthogonal_matrix(self, module):
+        """Its first step: lr (0.2 sqrt(longer side)) U V' of the gradient U S V', but for Newton-Schulz's looseness."""
+        weight = module.weight
+        before = weight.detach().clone()
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+        muon([weight], 0.01).step()
+        step = (before * (1 - 0.01 * 0.01) - weight.detach()).flatten(1)
+        u, _, v = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
+        singular = torch.linalg.svdvals(step) / (0.01 * 0.2 * max(step.shape) ** 0.5)
+        assert singular.min() > 0.6
+        assert singular.max() < 1.25
+        assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97
 
 
 class TestSignals:
@@ -124,9 +221,9 @@ class TestSignals:
         assert_same(tmp_path, whole)
 
     def test_between_the_weights_and_their_average(self, whole, tmp_path):
-        steps = iter(range(STEPS))
+        steps = iter(range(2 * STEPS))  # of either optimizer: this is the first one's tenth
         hook = register_optimizer_step_post_hook(
-            lambda *_: os.kill(os.getpid(), signal.SIGTERM) if next(steps) == 9 else None
+            lambda *_: os.kill(os.getpid(), signal.SIGTERM) if next(steps) == 18 else None
         )
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -192,13 +289,16 @@ class TestErrors:
         net = tiny()
         values = []
 
-        def loss_of(step):
+        def draw(step):
             values[:] = [p.detach().clone() for p in net.parameters()]
-            loss = net(DATA).square().mean()
-            return bad(loss) if step == 5 else loss
+            return DATA, torch.full((len(DATA),), step)
+
+        def loss_of(x, step):
+            loss = net(x).square().mean()
+            return bad(loss) if step[0] == 5 else loss
 
         with pytest.raises(FloatingPointError, match=r"step 5: .* (inf|nan)"):
-            train(net, loss_of, tmp_path, steps=STEPS, lr=0.05)
+            train(net, draw, loss_of, muon_and_adamw(net, 0.05), tmp_path, steps=STEPS)
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), values, strict=True))
         assert not (tmp_path / "state.pt").exists()
         assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4, 5]
@@ -227,8 +327,8 @@ def run_and_die(folder, moment):
             die()
 
     if moment == "optimizer":
-        steps = iter(range(STEPS))
-        register_optimizer_step_post_hook(lambda *_: die() if next(steps) == 10 else None)
+        steps = iter(range(2 * STEPS))  # of either optimizer: this is the first one's eleventh
+        register_optimizer_step_post_hook(lambda *_: die() if next(steps) == 20 else None)
     if moment == "writing":
         whole_save = torch.save
 
@@ -248,7 +348,7 @@ def run_and_die(folder, moment):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"PYTHONPATH": str(Path(loop.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(loop.__file__).parents[2])}
     out = subprocess.run(
         [sys.executable, __file__, folder], env=environment, check=True, capture_output=True, text=True
     ).stdout
@@ -320,14 +420,14 @@ class TestSaving:
 
 class TestSchedule:
     def test_learning_rate(self):
-        rate = [learning_rate(step, 1000, 2.0, 100) for step in range(1001)]
-        assert rate[0] == 0.02
-        assert rate[49] == pytest.approx(1.0)
-        assert set(rate[99:751]) == {2.0}
-        assert rate[875] == pytest.approx(1.0)
-        assert rate[999] == pytest.approx(2 / 250)
+        rate = [learning_rate(step, 1000, 100) for step in range(1001)]
+        assert rate[0] == 0.01
+        assert rate[49] == pytest.approx(0.5)
+        assert set(rate[99:751]) == {1.0}
+        assert rate[875] == pytest.approx(0.5)
+        assert rate[999] == pytest.approx(1 / 250)
         assert rate[1000] == 0
-        assert rate[:751] == [learning_rate(step, 5000, 2.0, 100) for step in range(751)]
+        assert rate[:751] == [learning_rate(step, 5000, 100) for step in range(751)]
 
     @pytest.mark.parametrize(("count", "batch"), [(24, 4), (22, 4), (9, 9)])
     def test_an_epoch_visits_the_rows_once(self, count, batch):
@@ -349,7 +449,7 @@ class TestSchedule:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     for moment in MOMENTS:
         if (child := os.fork()) == 0:
             run_and_die(Path(sys.argv[1]) / moment, moment)
