@@ -117,7 +117,8 @@ def muon_and_adamw(net: nn.Module, lr: float) -> list[Optimizer]:
     """
     weights = [module.weight for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     taken = {id(weight) for weight in weights}
-    return [muon(weights, lr), adamw([p for p in net.parameters() if id(p) not in taken], lr)]
+    parts = [weights[i::8] for i in range(min(8, len(weights)))]  # for the threads to share
+    return [muon(part, lr) for part in parts] + [adamw([p for p in net.parameters() if id(p) not in taken], lr)]
 
 
 def train(
@@ -134,8 +135,8 @@ def train(
 ) -> Net:
     """Minimise `loss_of(*batch_of(step))` over the parameters of `net`; returns `net` with its EMA weights.
 
-    `batch_of` gives tensors of one length, `loss_of` the mean over their rows; each thread takes some of the rows, one
-    for each that torch has. The rates of the `optimizers` rise and fall by `learning_rate`.
+    `batch_of` gives tensors of one length, `loss_of` the mean over their rows. There are as many threads as torch has;
+    each takes some of the rows, then some of the `optimizers`, whose rates rise and fall by `learning_rate`.
     `folder/state.pt` is read when it exists and written every `save_minutes` and at the end; `folder/log.jsonl` gets a
     line for each step: step (the first is 1), loss, lr, seconds. SIGINT (Ctrl-C) and SIGTERM let the step end, save and
     raise KeyboardInterrupt. A loss or gradient that is not finite raises FloatingPointError before it gets into the
@@ -198,8 +199,7 @@ def train(
                         f" before this step, {state_file} (if it is there) is older: mend the data or the loss, or"
                         " lower the learning rate, and start again"
                     )
-                for optimizer in optimizers:
-                    optimizer.step()
+                list(pool.map(lambda optimizer: optimizer.step(), optimizers))
                 decay = min(ema_decay, (1 + step) / (10 + step))
                 with torch.no_grad():
                     values = net.state_dict()

@@ -188,8 +188,8 @@ class TestThreads:
 class TestOptimizers:
     def test_the_weights_are_divided(self):
         net = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 6), nn.Conv2d(2, 3, 3))
-        matrices, rest = muon_and_adamw(net, 0.1)
-        assert [tuple(p.shape) for p in matrices.param_groups[0]["params"]] == [(6, 4), (3, 18)]
+        *matrices, rest = muon_and_adamw(net, 0.1)
+        assert [tuple(p.shape) for m in matrices for p in m.param_groups[0]["params"]] == [(6, 4), (3, 18)]
         assert [p.shape for p in rest.param_groups[0]["params"]] == [
             net[0].weight.shape, net[1].weight.shape, net[1].bias.shape, net[2].bias.shape, net[3].bias.shape
         ]  # fmt: skip
@@ -221,9 +221,9 @@ class TestSignals:
         assert_same(tmp_path, whole)
 
     def test_between_the_weights_and_their_average(self, whole, tmp_path):
-        steps = iter(range(2 * STEPS))  # of either optimizer: this is the first one's tenth
+        steps = iter(range(3 * STEPS))  # of any of the three optimizers: this is the first one's tenth
         hook = register_optimizer_step_post_hook(
-            lambda *_: os.kill(os.getpid(), signal.SIGTERM) if next(steps) == 18 else None
+            lambda *_: os.kill(os.getpid(), signal.SIGTERM) if next(steps) == 27 else None
         )
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -327,8 +327,8 @@ def run_and_die(folder, moment):
             die()
 
     if moment == "optimizer":
-        steps = iter(range(2 * STEPS))  # of either optimizer: this is the first one's eleventh
-        register_optimizer_step_post_hook(lambda *_: die() if next(steps) == 20 else None)
+        steps = iter(range(3 * STEPS))  # of any of the three optimizers: this is the first one's eleventh
+        register_optimizer_step_post_hook(lambda *_: die() if next(steps) == 30 else None)
     if moment == "writing":
         whole_save = torch.save
 
