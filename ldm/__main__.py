@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -55,12 +57,21 @@ def generate(a: argparse.Namespace) -> None:
         strength=a.strength,
         mask=None if a.mask is None else Image.open(a.mask),
         eta=a.eta,
+        guidance_rescale=a.guidance_rescale,
+        original_size=a.original_size,
+        crops_coords_top_left=a.crops_coords_top_left,
+        target_size=a.target_size,
+        aesthetic_score=a.aesthetic_score,
+        negative_aesthetic_score=a.negative_aesthetic_score,
+        refiner_start=a.refiner_start,
     )
-    pipe = Pipeline.from_pretrained(
-        a.model, vae=a.vae, dtype=DTYPES[a.dtype], device=a.device, prediction_type=a.prediction_type
-    )
+    where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
+    pipe = Pipeline.from_pretrained(a.model, vae=a.vae, prediction_type=a.prediction_type, **where)
+    if a.refiner is not None:
+        settings = replace(settings, refiner=Pipeline.from_pretrained(a.refiner, **where))
     extra = {} if a.dtype == "float32" else {"Precision": a.dtype}
-    extra |= {key: file.name for key, file in {"VAE": a.vae, "Init image": a.image, "Mask": a.mask}.items() if file}
+    files = {"VAE": a.vae, "Init image": a.image, "Mask": a.mask}
+    extra |= {key: file.name for key, file in files.items() if file}
     extra |= {"Prediction type": a.prediction_type} if a.prediction_type else {}
     out = pipe.run(settings, progress=not a.quiet)
     for i, image in enumerate(out.images):
@@ -77,12 +88,13 @@ def parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("out.png"), help="PNG file; a number is added if it exists"
     )
     p.add_argument("-n", type=int, default=1, metavar="COUNT", help="pictures, with seeds SEED, SEED+1, ...")
-    p.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
     p.add_argument("--steps", type=int, default=20, help="evaluations of the net, 1 to 1000 (default 20)")
     p.add_argument("--guidance-scale", type=float, default=7.5, metavar="S", help="1 is no guidance (default 7.5)")
     p.add_argument("--sampler", default="euler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default euler)")
     p.add_argument("--sigmas", choices=SPACINGS, help="how the steps are spaced (default: as the sampler's reference)")
     p.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default 0)")
+    p.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1 (default 0)")
     p.add_argument("--seed", type=int, default=0, help="default 0")
     p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
@@ -92,6 +104,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mask", type=Path, metavar="FILE", help="white where the image is to be repainted")
     p.add_argument("--model", type=Path, metavar="PATH", help="a .safetensors file or a folder (default: emoji-64)")
     p.add_argument("--vae", type=Path, metavar="PATH", help="a VAE that replaces the model's own")
+    p.add_argument("--refiner", type=Path, metavar="PATH", help="a model that does the last steps, as SDXL's refiner")
+    p.add_argument("--refiner-start", type=float, default=0.8, metavar="SHARE", help="where it begins (default 0.8)")
+    pair: dict[str, Any] = {"type": int, "nargs": 2}
+    p.add_argument("--original-size", **pair, metavar=("H", "W"), help="SDXL's size conditioning")
+    p.add_argument("--crops-coords-top-left", **pair, default=(0, 0), metavar=("TOP", "LEFT"), help="SDXL's")
+    p.add_argument("--target-size", **pair, metavar=("H", "W"), help="SDXL's")
+    p.add_argument("--aesthetic-score", type=float, default=6.0, metavar="S", help="SDXL refiner's (default 6)")
+    p.add_argument("--negative-aesthetic-score", type=float, default=2.5, metavar="S", help="default 2.5")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the nets (default float32)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="where the model does not say")

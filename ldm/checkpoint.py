@@ -4,6 +4,7 @@ Every parameter of ours asks for exactly one tensor. What is missing, has anothe
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,9 +20,9 @@ import ldm.unet.keys
 import ldm.vae.keys
 from ldm import folder
 from ldm.clip import TextConfig, TextEncoder
-from ldm.clip.tokenizer import Tokenizer
+from ldm.clip.tokenizer import END, Tokenizer
 from ldm.source import CheckpointError, Source
-from ldm.unet import UNet, UNetConfig
+from ldm.unet import VECTOR_NUMBERS, UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 
 __all__ = ["CheckpointError", "Parts", "load"]
@@ -32,44 +33,95 @@ class Parts(NamedTuple):
 
     unet: UNet
     vae: VAE
-    text_encoder: TextEncoder
-    tokenizer: Tokenizer
+    text_encoder: TextEncoder | None  # SDXL's refiner has the second alone
+    tokenizer: Tokenizer | None
+    text_encoder_2: TextEncoder | None  # SDXL's OpenCLIP
+    tokenizer_2: Tokenizer | None
     scheduler: dict[str, Any]  # the fields of a scheduler_config.json
     size: int  # native side of a picture, in pixels
+    zero_negative: bool
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the weights do not say."""
+    """What the weights do not say. zero_negative: no negative prompt means zeros, not the encoding of an empty text."""
 
     unet: UNetConfig
     vae: VAEConfig
-    text_encoder: TextConfig
+    text_encoder: TextConfig | None
     scheduler: Mapping[str, Any]
     size: int
+    text_encoder_2: TextConfig | None = None
+    zero_negative: bool = False
 
 
 NETS: dict[str, tuple[type[nn.Module], Callable[[Any, str], tuple[str, ...]]]] = {
     "unet": (UNet, ldm.unet.keys.spellings),
     "vae": (VAE, ldm.vae.keys.spellings),
     "text_encoder": (TextEncoder, ldm.clip.keys.spellings),
+    "text_encoder_2": (TextEncoder, ldm.clip.keys.spellings),
 }
 
-SD1 = Model(
-    unet=UNetConfig(),
-    vae=VAEConfig(),
-    text_encoder=TextConfig(),
-    scheduler={
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": "epsilon",
-        "steps_offset": 1,
-        "set_alpha_to_one": False,
-    },
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+SD1 = Model(UNetConfig(), VAEConfig(), TextConfig(), SCHEDULER, size=512)
+SD2 = Model(
+    UNetConfig(heads=None, head_width=64, context_width=1024, linear_projection=True),
+    VAEConfig(),
+    # Of OpenCLIP's ViT-H without its 24th layer: the text is taken before it.
+    TextConfig(width=1024, layers=23, heads=16, activation="gelu"),
+    SCHEDULER,
     size=512,
 )
+BIG_G = TextConfig(width=1280, layers=32, heads=20, activation="gelu", skip=1, final_norm=False, projection=1280)
+SDXL = Model(
+    UNetConfig(
+        channels=(320, 640, 1280),
+        depth=(0, 2, 10),
+        mid_depth=10,
+        heads=None,
+        head_width=64,
+        context_width=768 + 1280,
+        linear_projection=True,
+        vector_width=1280 + 6 * 256,
+    ),
+    VAEConfig(scaling_factor=0.13025, upcast=True),
+    TextConfig(skip=1, final_norm=False),
+    {**SCHEDULER, "timestep_spacing": "leading"},
+    size=1024,
+    text_encoder_2=BIG_G,
+    zero_negative=True,
+)
+REFINER = Model(
+    UNetConfig(
+        channels=(384, 768, 1536, 1536),
+        depth=(0, 4, 4, 0),
+        mid_depth=4,
+        heads=None,
+        head_width=64,
+        context_width=1280,
+        linear_projection=True,
+        vector_width=1280 + 5 * 256,
+    ),
+    SDXL.vae,
+    None,
+    SDXL.scheduler,
+    size=1024,
+    text_encoder_2=BIG_G,
+)
+
+
+def inpainting(model: Model) -> Model:
+    """The same with a UNet that is also shown the mask (1 channel) and the masked picture (4)."""
+    return replace(model, unet=replace(model.unet, in_channels=2 * model.vae.latent_channels + 1))
+
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -77,17 +129,18 @@ VECTOR = "model.diffusion_model.label_emb.0.0.weight"
 OPEN_CLIP = "conditioner.embedders.{}.model.ln_final.weight"
 
 # The official single files: name, telling tensors with their shapes (None is any extent), and the model, None for one
-# that is known but not loaded yet. The first row whose tensors are all there is it.
+# that is known but not loaded. The first row whose tensors are all there is it.
 OFFICIAL: tuple[tuple[str, Mapping[str, tuple[int | None, ...]], Model | None], ...] = (
-    ("SDXL base", {OPEN_CLIP.format(1): (1280,)}, None),
-    ("SDXL refiner", {OPEN_CLIP.format(0): (1280,), CONV_IN: (384, None, 3, 3)}, None),
+    ("SDXL base", {OPEN_CLIP.format(1): (1280,), CONV_IN: (320, 4, 3, 3)}, SDXL),
+    ("SDXL inpainting", {OPEN_CLIP.format(1): (1280,), CONV_IN: (320, 9, 3, 3)}, inpainting(SDXL)),
+    ("SDXL refiner", {OPEN_CLIP.format(0): (1280,), CONV_IN: (384, 4, 3, 3)}, REFINER),
     ("SD 2.x unCLIP", {CONTEXT: (320, 1024), VECTOR: (None, None)}, None),
     ("SD 2.x x4 upscaler", {CONV_IN: (None, 7, 3, 3)}, None),
     ("SD 2.x depth", {CONTEXT: (320, 1024), CONV_IN: (320, 5, 3, 3)}, None),
-    ("SD 2.x inpainting", {CONTEXT: (320, 1024), CONV_IN: (320, 9, 3, 3)}, None),
-    ("SD 2.x", {CONTEXT: (320, 1024), CONV_IN: (320, 4, 3, 3)}, None),
+    ("SD 2.x inpainting", {CONTEXT: (320, 1024), CONV_IN: (320, 9, 3, 3)}, inpainting(SD2)),
+    ("SD 2.x", {CONTEXT: (320, 1024), CONV_IN: (320, 4, 3, 3)}, SD2),
     ("SD 1.x InstructPix2Pix", {CONTEXT: (320, 768), CONV_IN: (320, 8, 3, 3)}, None),
-    ("SD 1.x inpainting", {CONTEXT: (320, 768), CONV_IN: (320, 9, 3, 3)}, None),
+    ("SD 1.x inpainting", {CONTEXT: (320, 768), CONV_IN: (320, 9, 3, 3)}, inpainting(SD1)),
     ("SD 1.x", {CONTEXT: (320, 768), CONV_IN: (320, 4, 3, 3)}, SD1),
 )
 
@@ -102,10 +155,13 @@ NOT_MODELS = {
 }
 
 # Flags by which fine-tuned models say how they were trained, where that is not on Stable Diffusion's own schedule.
-FLAGS = {
-    "ztsnr": "trained on a schedule that ends in pure noise (zero terminal SNR)",
-    "edm_.*": "trained on EDM's noise levels, with a scaling of its own",
-}
+FLAGS = {"edm_.*": "trained on EDM's noise levels, with a scaling of its own"}
+
+# Tensors of which some models have no use: the projection of the pooled text, the layer that SD 2 leaves out.
+UNUSED = re.compile(r"(.*\.)?text_projection(\.weight|\.T)?|cond_stage_model\.model\.transformer\.resblocks\.23\..*")
+
+# SD 2 with epsilon and with v have the same shapes. This bias is larger in those with v (so webui tells them apart).
+TELLS_V = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -115,25 +171,43 @@ def load(
     vae: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    vae_dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
 ) -> Parts:
     """Load an official single file (.safetensors) or a diffusers folder. Nothing is ever downloaded.
 
     vae: a VAE file or folder that takes the place of the built-in one, which then need not be there.
     dtype: None keeps the file's own; on the CPU the weights then are the mapped file itself.
+    vae_dtype: None is `dtype`, but float32 instead of float16 for a VAE that overflows in it, as SDXL's does.
+    prediction_type: None is what the file says, or a guess where it does not, with a warning.
     Raises CheckpointError, a ValueError, for anything that is not exactly a model that this version knows.
     """
     path = existing(path)
-    model, sources, tokenizer = open_folder(path, vae is None, dtype) if path.is_dir() else open_file(path, vae is None)
+    if path.is_dir():
+        model, sources, tokenizers = open_folder(path, vae is None, dtype)
+    else:
+        model, sources, tokenizers = open_file(path, vae is None, prediction_type)
     if vae is not None:
         vae = existing(vae)
         if vae.is_dir():
-            model = replace(model, vae=folder.vae_config(vae))
+            model = replace(model, vae=folder.vae_config(vae, model.vae.upcast))
         sources["vae"] = folder.weights(vae, "diffusion_pytorch_model", dtype) if vae.is_dir() else Source(vae, [vae])
     check_widths(model, path)
-    plans = {part: Plan(net, getattr(model, part), sources[part], names) for part, (net, names) in NETS.items()}
+    plans = {
+        part: Plan(net, config, sources[part], names)
+        for part, (net, names) in NETS.items()
+        if (config := getattr(model, part)) is not None
+    }
     check(plans, path)
-    nets: dict[str, Any] = {part: plan.fill(dtype, torch.device(device)) for part, plan in plans.items()}
-    return Parts(**nets, tokenizer=tokenizer, scheduler=dict(model.scheduler), size=model.size)
+    dtypes = dict.fromkeys(NETS, dtype)
+    if vae_dtype is not None or (dtype == torch.float16 and model.vae.upcast):
+        dtypes["vae"] = vae_dtype or torch.float32
+    nets: dict[str, Any] = dict.fromkeys(NETS)
+    nets |= {part: plan.fill(dtypes[part], torch.device(device)) for part, plan in plans.items()}
+    scheduler = dict(model.scheduler)
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    return Parts(**(nets | tokenizers), scheduler=scheduler, size=model.size, zero_negative=model.zero_negative)
 
 
 def existing(path: str | Path) -> Path:
@@ -145,11 +219,22 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def open_file(path: Path, own_vae: bool) -> tuple[Model, dict[str, Source], Tokenizer]:
+Opened = tuple[Model, dict[str, Source], dict[str, Tokenizer | None]]
+
+
+def open_file(path: Path, own_vae: bool, prediction_type: str | None) -> Opened:
     source = Source(path, [path])
     model = detect(source)
-    if source.shapes.pop("v_pred", None) is not None:  # the flag by which fine-tuned models say it
-        model = replace(model, scheduler={**model.scheduler, "prediction_type": "v_prediction"})
+    # Fine-tuned models say by flags how they were trained.
+    says_v = source.shapes.pop("v_pred", None) is not None
+    if source.shapes.pop("ztsnr", None) is not None:
+        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        model = replace(model, scheduler={**model.scheduler, **changes})
+    if prediction_type is None and (says_v or (model == SD2 and guess_v(source))):
+        prediction_type = "v_prediction"
+    if prediction_type == "v_prediction":
+        size = 768 if model.unet == SD2.unet else model.size
+        model = replace(model, scheduler={**model.scheduler, "prediction_type": prediction_type}, size=size)
     for pattern, trained in FLAGS.items():
         if flags := [name for name in source.shapes if re.fullmatch(pattern, name)]:
             raise CheckpointError(
@@ -158,26 +243,58 @@ def open_file(path: Path, own_vae: bool) -> tuple[Model, dict[str, Source], Toke
             )
     if not own_vae:
         source.drop(ldm.vae.keys.PREFIX)
-    return model, dict.fromkeys(NETS, source), Tokenizer.official()
+    tokenizers = {"tokenizer": official_tokenizer(model.text_encoder)}
+    tokenizers["tokenizer_2"] = official_tokenizer(model.text_encoder_2)
+    return model, dict.fromkeys(NETS, source), tokenizers
 
 
-def open_folder(path: Path, own_vae: bool, dtype: torch.dtype | None) -> tuple[Model, dict[str, Source], Tokenizer]:
-    folder.check_index(path)
+def official_tokenizer(text: TextConfig | None) -> Tokenizer | None:
+    """OpenAI's encoders (quick_gelu) pad with the end token, OpenCLIP's with "!", the token 0."""
+    return None if text is None else Tokenizer.official(END if text.activation == "quick_gelu" else "!")
+
+
+def guess_v(source: Source) -> bool:
+    if TELLS_V not in source.shapes:
+        return False  # the file is damaged, and will be refused
+    spread = source[TELLS_V].float().std().item()
+    v = spread > 0.09
+    warnings.warn(
+        f"{source.where}: an SD 2 file does not say whether it predicts epsilon or v. It is taken for"
+        f" {'v_prediction' if v else 'epsilon'}: a guess, from a bias that spreads by {spread:.3f} (v: above 0.09)."
+        " To be sure, give prediction_type='epsilon' or 'v_prediction'",
+        stacklevel=5,
+    )
+    return v
+
+
+def open_folder(path: Path, own_vae: bool, dtype: torch.dtype | None) -> Opened:
+    index = folder.read_index(path)
+    xl = index["_class_name"] in folder.XL_PIPELINES
     has_vae = own_vae or (path / "vae" / "config.json").is_file()
-    vae = folder.vae_config(path / "vae") if has_vae else VAEConfig()
-    text = folder.text_config(path / "text_encoder")
+    vae = folder.vae_config(path / "vae", xl) if has_vae else VAEConfig(upcast=xl)
+    texts = {
+        part: folder.text_config(path / part, xl, projects=part == "text_encoder_2")
+        for part in (["text_encoder", "text_encoder_2"] if xl else ["text_encoder"])
+        if index.get(part) != [None, None]
+    }
     model = Model(
         unet=folder.unet_config(path / "unet"),
         vae=vae,
-        text_encoder=text,
+        text_encoder=texts.get("text_encoder"),
         scheduler=folder.scheduler(path / "scheduler"),
         size=folder.sample_size(path / "unet") * vae.factor,
+        text_encoder_2=texts.get("text_encoder_2"),
+        zero_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    stems = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    stems = {"unet": "diffusion_pytorch_model"} | dict.fromkeys(texts, "model")
     if own_vae:
         stems["vae"] = "diffusion_pytorch_model"
     sources = {part: folder.weights(path / part, stem, dtype) for part, stem in stems.items()}
-    return model, sources, folder.tokenizer(path / "tokenizer", text)
+    tokenizers: dict[str, Tokenizer | None] = {"tokenizer": None, "tokenizer_2": None}
+    for part, text in texts.items():
+        name = part.replace("text_encoder", "tokenizer")
+        tokenizers[name] = folder.tokenizer(path / name, text)
+    return model, sources, tokenizers
 
 
 def detect(source: Source) -> Model:
@@ -237,12 +354,21 @@ class NoValues(TorchFunctionMode):
 
 
 def check_widths(model: Model, path: Path) -> None:
-    unet, latents, width = model.unet, model.vae.latent_channels, model.text_encoder.width
-    if (unet.in_channels, unet.out_channels, unet.context_width) != (latents, latents, width):
+    unet, latents = model.unet, model.vae.latent_channels
+    width = sum(text.width for text in (model.text_encoder, model.text_encoder_2) if text is not None)
+    channels = (latents, 2 * latents + 1)
+    if unet.in_channels not in channels or (unet.out_channels, unet.context_width) != (latents, width):
         raise CheckpointError(
             f"{path}: the UNet has {unet.in_channels} channels in, {unet.out_channels} out and a context of width"
-            f" {unet.context_width}; this version only does the VAE's {latents} in and out (so no inpainting models)"
-            f" and the text encoder's width of {width}"
+            f" {unet.context_width}; this version only does the VAE's {latents} in and out, {channels[1]} in for"
+            f" inpainting, and the text encoders' width of {width}"
+        )
+    projection = None if model.text_encoder_2 is None else model.text_encoder_2.projection
+    vectors = [None] if projection is None else [projection + count * 256 for count in VECTOR_NUMBERS]
+    if unet.vector_width not in vectors:
+        raise CheckpointError(
+            f"{path}: the UNet wants a vector of width {unet.vector_width}; with these text encoders it must be"
+            f" {' or '.join(map(str, vectors))}"
         )
 
 
@@ -264,7 +390,8 @@ def check(plans: Mapping[str, Plan], path: Path) -> None:
             missing.insert(0, f"there is no {part} at all in {source.where}{hint}")
     for source in {plan.source for plan in plans.values()}:
         asked = {theirs for plan in plans.values() if plan.source is source for theirs in plan.theirs.values()}
-        unknown += [f"{name} {shape}" for name, shape in source.shapes.items() if name not in asked]
+        left = [name for name in source.shapes if name not in asked and not UNUSED.fullmatch(name)]
+        unknown += [f"{name} {source.shapes[name]}" for name in left]
     problems = {
         "missing": missing,
         "of another shape": misshapen,

@@ -18,7 +18,9 @@ from ldm.source import PICKLES, CheckpointError, Source, conversion
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+PIPELINES = SD_PIPELINES + XL_PIPELINES
 
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 
@@ -51,7 +53,17 @@ UNET_FIXED = {
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
 }
-UNET_FREE = (*UNET_PER_LEVEL, "sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")
+# SDXL's size conditioning: all three, or none.
+UNET_VECTOR = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+UNET_FREE = (
+    *UNET_PER_LEVEL,
+    *UNET_VECTOR,
+    "projection_class_embeddings_input_dim",
+    "sample_size",
+    "dropout",
+    "upcast_attention",
+    "addition_embed_type_num_heads",
+)
 
 VAE_READ = {
     "block_out_channels": [64],
@@ -70,7 +82,7 @@ VAE_FIXED = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-VAE_FREE = ("sample_size", "force_upcast")
+VAE_FREE = ("sample_size", "force_upcast", "latents_mean", "latents_std")
 
 TEXT_READ = {
     "vocab_size": 49408,
@@ -86,7 +98,7 @@ TEXT_READ = {
 KINDS = {bool: "true or false", str: "text", int: "whole numbers above 0", float: "numbers above 0"}
 
 
-def check_index(path: Path) -> None:
+def read_index(path: Path) -> dict[str, Any]:
     where = path / "model_index.json"
     if not where.is_file():
         files = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
@@ -94,6 +106,7 @@ def check_index(path: Path) -> None:
         raise CheckpointError(f"{path} is not a diffusers folder: it has no model_index.json{hint}")
     index = {"_class_name": None} | read_json(where)
     accept(where, index, "_class_name", index["_class_name"] in PIPELINES, " or ".join(PIPELINES))
+    return index
 
 
 def unet_config(part: Path) -> UNetConfig:
@@ -113,6 +126,12 @@ def unet_config(part: Path) -> UNetConfig:
     widths = {width // count for width, count in zip(channels, counts, strict=True)}
     same = len(set(counts)) == 1
     accept(where, c, "attention_head_dim", same or len(widths) == 1, "as many heads, or heads as wide, at every level")
+    vector = {"projection_class_embeddings_input_dim": None, **dict.fromkeys(UNET_VECTOR), **c}
+    width = vector["projection_class_embeddings_input_dim"]
+    for field, value in UNET_VECTOR.items():
+        good = vector[field] == value if width is not None else field == "addition_time_embed_dim" or not vector[field]
+        accept(where, vector, field, good, f"{value!r} with projection_class_embeddings_input_dim, or null without")
+    accept(where, vector, "projection_class_embeddings_input_dim", width is None or like(width, 1), "a whole number")
     return UNetConfig(
         in_channels=c["in_channels"],
         out_channels=c["out_channels"],
@@ -124,6 +143,7 @@ def unet_config(part: Path) -> UNetConfig:
         head_width=None if same else widths.pop(),
         context_width=c["cross_attention_dim"],
         linear_projection=c["use_linear_projection"],
+        vector_width=width,
         groups=c["norm_num_groups"],
     )
 
@@ -150,7 +170,8 @@ def sample_size(part: Path) -> int:
     return c["sample_size"] or 64
 
 
-def vae_config(part: Path) -> VAEConfig:
+def vae_config(part: Path, xl: bool = False) -> VAEConfig:
+    """xl: whether it stands in a folder of SDXL, where a missing force_upcast means yes, as in diffusers."""
     where = part / "config.json"
     c = read_config(where, VAE_READ, VAE_FIXED, VAE_FREE)
     check_groups(where, c)
@@ -163,13 +184,16 @@ def vae_config(part: Path) -> VAEConfig:
         latent_channels=c["latent_channels"],
         scaling_factor=c["scaling_factor"],
         groups=c["norm_num_groups"],
+        upcast=xl and bool(c.get("force_upcast", True)),
     )
 
 
-def text_config(part: Path) -> TextConfig:
+def text_config(part: Path, xl: bool = False, projects: bool = False) -> TextConfig:
+    """xl: SDXL takes the layer before the last, without LayerNorm. projects: the pooled token is projected."""
     where = part / "config.json"
-    c: dict[str, Any] = {**TEXT_READ, **read_json(where)}
-    check_kinds(where, c, TEXT_READ)
+    read: dict[str, Any] = {**TEXT_READ, **({"projection_dim": 512} if projects else {})}
+    c = read | read_json(where)
+    check_kinds(where, c, read)
     accept(where, c, "hidden_act", c["hidden_act"] in ACTIVATIONS, " or ".join(ACTIVATIONS))
     accept(where, c, "layer_norm_eps", c["layer_norm_eps"] == 1e-5, 1e-5)
     accept(where, c, "intermediate_size", c["intermediate_size"] == 4 * c["hidden_size"], "4 times hidden_size")
@@ -184,6 +208,9 @@ def text_config(part: Path) -> TextConfig:
         activation=c["hidden_act"],
         # SD 1's own config says 2, a mistake of old versions of transformers, who took the highest id anyway.
         end_token=c["vocab_size"] - 1 if c["eos_token_id"] == 2 else c["eos_token_id"],
+        skip=int(xl),
+        final_norm=not xl,
+        projection=c["projection_dim"] if projects else None,
     )
 
 

@@ -32,6 +32,10 @@ def parameters(
         fields["Eta"] = s.eta
     if s.image is not None or s.latents is not None:
         fields["Denoising strength"] = s.strength
+    if s.guidance_rescale:
+        fields["CFG rescale"] = s.guidance_rescale
+    if s.refiner is not None:
+        fields |= {"Refiner": s.refiner.name, "Refiner switch at": s.refiner_start}
     negative = s.negative_texts[index]
     lines = [s.texts[index], *([f"Negative prompt: {negative}"] if negative else [])]
     return "\n".join([*lines, ", ".join(f"{key}: {quote(value)}" for key, value in (fields | (extra or {})).items())])

@@ -1,5 +1,7 @@
 """Text to image and image to image: the parts put together."""
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.clip import TextEncoder
+from ldm.clip import TextEncoder, TextEncoding
 from ldm.clip.tokenizer import Tokenizer
-from ldm.guidance import guided
+from ldm.guidance import guided, handed_over
 from ldm.image import to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import keep_outside, steps_at
 from ldm.noise import SeededNoise
-from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Schedule, Step, net_denoiser
+from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
 from ldm.settings import Settings
-from ldm.unet import UNet
+from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
@@ -36,20 +38,27 @@ class Output:
 
 
 class Pipeline:
-    """The parts are public and may be replaced: `unet`, `vae`, `text_encoder`, `tokenizer`, `schedule`."""
+    """The parts are public and may be replaced: `unet`, `vae`, `text_encoder`, `tokenizer`, `schedule`, and in SDXL
+    `text_encoder_2` and `tokenizer_2`. (Its refiner has no first ones.)"""
 
     def __init__(
         self,
         unet: UNet,
         vae: VAE,
-        text_encoder: TextEncoder,
-        tokenizer: Tokenizer,
+        text_encoder: TextEncoder | None,
+        tokenizer: Tokenizer | None,
         schedule: Schedule,
         prediction_type: str = "epsilon",
         size: int = 512,
         name: str = "",
+        text_encoder_2: TextEncoder | None = None,
+        tokenizer_2: Tokenizer | None = None,
+        zero_negative: bool = False,
     ):
-        """`size`: the side in pixels of a picture when nobody says. `name`: the model's, for the record."""
+        """`size`: the side in pixels of a picture when nobody says. `name`: the model's, for the record.
+
+        `zero_negative`: no negative prompt means a context of zeros (SDXL), not the encoding of an empty text.
+        """
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r}: use {' or '.join(PREDICTION_TYPES)}")
         self.unet = unet
@@ -60,6 +69,9 @@ class Pipeline:
         self.prediction_type = prediction_type
         self.size = size
         self.name = name
+        self.text_encoder_2 = text_encoder_2
+        self.tokenizer_2 = tokenizer_2
+        self.zero_negative = zero_negative
 
     @classmethod
     def from_pretrained(
@@ -70,36 +82,44 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         prediction_type: str | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> "Pipeline":
         """An official single file or a diffusers folder; None is the default model that ships with the project.
 
         vae: a VAE file or folder that replaces the built-in one. dtype: of the nets, float32 unless given; the loop
         itself always runs in float32. device: a GPU where there is one, unless given. prediction_type: "epsilon" or
-        "v_prediction", where the file does not say or says it wrong. Nothing is downloaded.
+        "v_prediction", where the file does not say or says it wrong. vae_dtype: as dtype unless given, but SDXL's VAE,
+        which overflows in float16, then runs in float32. Nothing is downloaded.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}: PyTorch {torch.__version__} sees no GPU here, use device='cpu'")
         dtype = dtype or torch.float32
         allowed = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type != "cpu")
-        if dtype not in allowed:
-            raise ValueError(f"dtype={dtype} on {device.type}: use {' or '.join(map(str, allowed))}")
+        for name, value in {"dtype": dtype, "vae_dtype": vae_dtype or dtype}.items():
+            if value not in allowed:
+                raise ValueError(f"{name}={value} on {device.type}: use {' or '.join(map(str, allowed))}")
         if path is None and not DEFAULT_MODEL.exists():
             raise FileNotFoundError(
                 f"the default model is not at {DEFAULT_MODEL}: it is part of a checkout of ldm. Install from one, with"
                 " `pip install -e .`, or give the path of a model"
             )
         path = DEFAULT_MODEL if path is None else Path(path)
-        parts = checkpoint.load(path, vae=vae, dtype=dtype, device=device)
+        if prediction_type not in (None, *PREDICTION_TYPES):
+            raise ValueError(f"prediction_type={prediction_type!r}: use {' or '.join(PREDICTION_TYPES)}")
+        parts = checkpoint.load(path, vae, dtype, device, vae_dtype, prediction_type)
         return cls(
             parts.unet,
             parts.vae,
             parts.text_encoder,
             parts.tokenizer,
             Schedule.from_config(parts.scheduler),
-            prediction_type or parts.scheduler.get("prediction_type", "epsilon"),
+            parts.scheduler["prediction_type"],
             parts.size,
             path.stem if path.is_file() else path.resolve().name,
+            parts.text_encoder_2,
+            parts.tokenizer_2,
+            parts.zero_negative,
         )
 
     @property
@@ -142,15 +162,32 @@ class Pipeline:
         return self._begin(Settings(prompt, **settings))[2]
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str], clip_skip: int = 1) -> Tensor:
-        """The context (B,77,width) in the nets' dtype."""
-        return self.text_encoder(self.tokenizer(texts).to(self.device), clip_skip).context
+    def encode_text(self, texts: list[str], clip_skip: int = 1) -> TextEncoding:
+        """context (B,77,width) in the nets' dtype: the encoders' side by side. pooled (B,width): the last one's."""
+        both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        encodings = [
+            encoder(tokenizer(texts).to(self.device), clip_skip)
+            for tokenizer, encoder in both
+            if tokenizer is not None and encoder is not None
+        ]
+        return TextEncoding(torch.cat([e.context for e in encodings], dim=-1), encodings[-1].pooled)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B,4,h,w) in the VAE's scale -> (B,3,H,W) float32, about [-1,1]."""
+        """latents (B,4,h,w) in the VAE's scale -> (B,3,H,W) float32, about [-1,1].
+
+        Should the VAE overflow in half precision, it is run once more in float32, with a warning.
+        """
         dtype = self.vae.post_quant_conv.weight.dtype
-        pixels = self.vae.decode(latents.to(dtype) / self.vae.config.scaling_factor)
+        z = latents / self.vae.config.scaling_factor
+        pixels = self.vae.decode(z.to(dtype))
+        if dtype != torch.float32 and not torch.isfinite(pixels).all():
+            warnings.warn(
+                f"the VAE's decoder returned NaN or infinity in {dtype}; it is run again in float32. To have that from"
+                " the start, load the model with vae_dtype=torch.float32",
+                stacklevel=2,
+            )
+            pixels = copy.deepcopy(self.vae).float().decode(z.float())
         return finite(pixels, "decoder").float()
 
     @torch.no_grad()
@@ -166,8 +203,10 @@ class Pipeline:
 
         sigmas, spacing = self._sigmas(s, variance_preserving)
         starts_anew = start is None or s.strength == 1
+        inpaints = self.unet.config.in_channels > self.unet.config.out_channels
+        blends = s.mask is not None and not inpaints
         z = torch.zeros(())
-        if start is not None and (s.strength < 1 or s.mask is not None):
+        if start is not None and (s.strength < 1 or blends):
             z = self._start_latents(s, start, (width, height), noise)
         if not starts_anew:
             count = steps_at(s.strength, len(sigmas) - 1)
@@ -182,18 +221,71 @@ class Pipeline:
         else:
             x = z + sigmas[0] * first
 
-        context = self.encode_text(s.texts, s.clip_skip)
-        if s.guidance_scale == 1:
-            denoise = net_denoiser(self.unet, context, self.schedule, self.prediction_type, spacing == "karras")
-        else:
-            context = torch.cat([self.encode_text(s.negative_texts, s.clip_skip), context])
-            both = net_denoiser(self.unet, context, self.schedule, self.prediction_type, spacing == "karras")
-            denoise = guided(both, s.guidance_scale)
-        kept = None if s.mask is None else (z, to_mask(s.mask, *noise.shape[1:]).to(self.device))
+        seen = self._masked(s, start, (width, height), noise) if inpaints else None
+        denoise = self._denoiser(s, (width, height), spacing == "karras", seen)
+        if s.refiner is not None:
+            refine = s.refiner._denoiser(s, (width, height), spacing == "karras")
+            denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
+        kept = (z, to_mask(s.mask, *noise.shape[1:]).to(self.device)) if blends and s.mask is not None else None
         if kept is not None:
             denoise = keep_outside(denoise, *kept)
         options = {"eta": s.eta} if s.eta else {}
         return x, sigmas, without_grad(sampler(denoise, x, sigmas, noise, **options)), kept
+
+    def _denoiser(self, s: Settings, size: tuple[int, int], log: bool, seen: Tensor | None = None) -> Denoiser:
+        """The UNet under the texts of the call, guided. size: (width, height) in pixels. seen (B,5,h,w): what an
+        inpainting model is shown beside x."""
+        context, pooled = self.encode_text(s.texts, s.clip_skip)
+        scores = [s.aesthetic_score] * s.count
+        if s.guidance_scale != 1:
+            away = self.encode_text(s.negative_texts, s.clip_skip)
+            if self.zero_negative and s.negative_prompt is None:
+                away = TextEncoding(*map(torch.zeros_like, away))
+            context, pooled = torch.cat([away.context, context]), torch.cat([away.pooled, pooled])  # (2B,...)
+            scores = [s.negative_aesthetic_score] * s.count + scores
+        vector = None if self.unet.config.vector_width is None else self._vector(s, pooled, size, scores)
+
+        def net(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            if seen is not None:
+                x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
+            return self.unet(x, t, context, vector)
+
+        denoise = net_denoiser(net, context, self.schedule, self.prediction_type, log)
+        if s.guidance_scale == 1:
+            return denoise
+        return guided(denoise, s.guidance_scale, s.guidance_rescale, self.prediction_type == "v_prediction")
+
+    def _vector(self, s: Settings, pooled: Tensor, size: tuple[int, int], scores: list[float]) -> Tensor:
+        """SDXL's size conditioning (B,vector_width), of pooled (B,projection) and as many aesthetic scores."""
+        sizes = [*(s.original_size or size[::-1]), *s.crops_coords_top_left]
+        with_score = self.unet.config.vector_width == pooled.shape[1] + 5 * 256
+        target = [*(s.target_size or size[::-1])]
+        rows = [[*sizes, score] if with_score else sizes + target for score in scores]
+        return vector_embedding(pooled, torch.tensor(rows, dtype=torch.float32, device=pooled.device))
+
+    def _masked(
+        self, s: Settings, start: Image.Image | Tensor | None, size: tuple[int, int], noise: SeededNoise
+    ) -> Tensor:
+        """(B,5,h,w): what an inpainting model is shown, the mask and the latents of the picture without what it hides.
+
+        Without a mask everything is hidden. size: (width, height) in pixels.
+        """
+        if isinstance(start, Tensor) and s.mask is not None:
+            raise ValueError("mask with latents=: an inpainting model looks at the picture itself, give it as image=")
+        mask, visible = torch.ones(1, 1, *noise.shape[1:]), torch.zeros(1, 3, size[1], size[0])
+        if s.mask is not None and isinstance(start, Image.Image):
+            mask = to_mask(s.mask, *noise.shape[1:])
+            visible = to_tensor(start.resize(size, Image.Resampling.LANCZOS)) * (1 - to_mask(s.mask, *size[::-1]))
+        z = self._encode(visible, noise)
+        return torch.cat([mask.to(self.device).expand(len(z), -1, -1, -1), z], dim=1)
+
+    def _encode(self, pixels: Tensor, noise: SeededNoise | None) -> Tensor:
+        """pixels (1,3,H,W) -> their latents, drawn for each picture (B,4,h,w), or without noise the mean (1,4,h,w)."""
+        mean, std = self.vae.encode(pixels.to(self.device, self.vae.quant_conv.weight.dtype))
+        z = finite(mean, "encoder").float()
+        if noise is not None:
+            z = z + std.float() * noise()
+        return self.vae.config.scaling_factor * z
 
     def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, str | None]:
         """The whole schedule of the call, and the name of its spacing if it has one."""
@@ -229,11 +321,8 @@ class Pipeline:
             return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
         if start.size != size:
             start = start.resize(size, Image.Resampling.LANCZOS)
-        mean, std = self.vae.encode(to_tensor(start).to(self.device, self.vae.quant_conv.weight.dtype))
-        z = finite(mean, "encoder").float()
-        if s.strength > 0:  # 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
-            z = z + std.float() * noise()
-        return (self.vae.config.scaling_factor * z).expand(s.count, -1, -1, -1)
+        # Strength 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
+        return self._encode(to_tensor(start), noise if s.strength > 0 else None).expand(s.count, -1, -1, -1)
 
 
 @torch.no_grad()

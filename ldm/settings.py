@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
 
 
 def is_utf8(text: str) -> bool:
@@ -29,7 +32,8 @@ def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
 class Settings:
     """What `Pipeline.__call__` and `Pipeline.stream` take. Raises ValueError for what cannot be run.
 
-    prompt, negative_prompt: a text, or a list of texts: one picture each.
+    prompt, negative_prompt: a text, or a list of texts: one picture each. Without a negative prompt (None) guidance
+        leads away from the empty text, or from zeros in SDXL.
     steps: evaluations of the net, 1 to 1000. guidance_scale: 1 is no guidance, and half of the work; below 1 leans to
         the negative prompt (in diffusers everything up to 1 is no guidance).
     sampler: a name of `ldm.SAMPLERS`, or a function `(denoise, x, sigmas, noise, **options)` that yields `Step`s.
@@ -45,10 +49,16 @@ class Settings:
     latents: (B,4,h,w) in the VAE's scale (as `Output.latents`), takes the place of the encoded image.
     noise: (B,4,h,w) standard normal, takes the place of the initial noise.
     eta: the share of fresh noise in DDIM, 0 to 1.
+    guidance_rescale: 0 to 1, tames strong guidance in models with v prediction (Lin et al. 2023 take 0.7).
+    original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) and (top, left) in
+        pixels, as in diffusers; sizes of None are the picture's own. aesthetic_score, negative_aesthetic_score: its
+        refiner's.
+    refiner: a pipeline, of which the UNet and the text encoder do the rest after the share `refiner_start` of the
+        noise levels.
     """
 
     prompt: str | Sequence[str] = ""
-    negative_prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] | None = None
     steps: int = 20
     guidance_scale: float = 7.5
     sampler: str | Sampler = "euler"
@@ -64,17 +74,28 @@ class Settings:
     latents: Tensor | None = field(default=None, repr=False)
     noise: Tensor | None = field(default=None, repr=False)
     eta: float = 0.0
+    guidance_rescale: float = 0.0
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    refiner: "Pipeline | None" = field(default=None, repr=False)
+    refiner_start: float = 0.8
 
     def __post_init__(self):
         for name in ("prompt", "negative_prompt"):
             texts = getattr(self, name)
+            if name == "negative_prompt" and texts is None:
+                continue
             if not isinstance(texts, (str, list, tuple)) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name}={texts!r}: give a text, or a list of texts")
             if not all(is_utf8(text) for text in texts):
                 raise ValueError(f"{name}={texts!r}: it has halves of surrogate pairs, which no file can hold")
         if not is_whole(self.steps, 1, 1000):
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
-        for name in ("strength", "eta", "guidance_scale"):
+        scores = ("aesthetic_score", "negative_aesthetic_score")
+        for name in ("strength", "eta", "guidance_scale", "guidance_rescale", "refiner_start", *scores):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 <= self.strength <= 1:
@@ -83,6 +104,14 @@ class Settings:
             raise ValueError(f"eta={self.eta}: give a number from 0 (DDIM) to 1 (DDPM)")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale}: give a number; 1 is no guidance")
+        for name in ("guidance_rescale", "refiner_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a number from 0 to 1")
+        for name, low in (("original_size", 1), ("crops_coords_top_left", 0), ("target_size", 1)):
+            value = getattr(self, name)
+            pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(is_whole(n, low) for n in value)
+            if not pair and (value is not None or name == "crops_coords_top_left"):
+                raise ValueError(f"{name}={value!r}: give two whole numbers of pixels, from {low}")
         for name in ("width", "height"):
             if getattr(self, name) is not None and not is_whole(getattr(self, name), 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels, or None")
@@ -121,10 +150,10 @@ class Settings:
             raise ValueError("mask without image: give the picture that the mask belongs to as image=")
         if not self.prompts:
             raise ValueError("prompt is an empty list: give at least one text")
-        if not isinstance(self.negative_prompt, str) and len(self.negative_prompt) != len(self.prompts):
+        negative = self.negative_prompt
+        if negative is not None and not isinstance(negative, str) and len(negative) != len(self.prompts):
             raise ValueError(
-                f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts:"
-                " give one text, or as many"
+                f"{len(negative)} negative prompts for {len(self.prompts)} prompts: give one text, or as many"
             )
         seeds = self.seed if isinstance(self.seed, (Sequence, np.ndarray)) else [self.seed]
         if not all(is_whole(seed, 0, 2**64 - self.count) for seed in seeds):
@@ -145,8 +174,9 @@ class Settings:
 
     @property
     def negative_texts(self) -> list[str]:
-        if isinstance(self.negative_prompt, str):
-            return [self.negative_prompt] * self.count
+        """Those of the pictures; empty texts without a negative prompt."""
+        if self.negative_prompt is None or isinstance(self.negative_prompt, str):
+            return [self.negative_prompt or ""] * self.count
         return [p for p in self.negative_prompt for _ in range(self.batch_size)]
 
     @property

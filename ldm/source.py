@@ -11,7 +11,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.
 IGNORED = re.compile(
     r"model_ema\..*|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|scale_factor|denoiser\.sigmas|loss\..*"
-    r"|(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?)"
+    r"|(.*\.)?(position_ids|logit_scale)"
 )
 
 
@@ -24,28 +24,47 @@ class Source:
     matter: what is on the list of known leftovers is not there.
 
     A tensor is a view of the mapped file: no memory of its own, read when it is first used. The file must not be
-    written over as long as its tensors are alive.
+    written over as long as its tensors are alive. OpenCLIP's tensors are shown as the parts and the way round that our
+    nets have them: `in_proj_weight` as `in_proj_weight.q`, `.k` and `.v`, `text_projection` as `text_projection.T`.
     """
 
     def __init__(self, where: Path, files: list[Path]):
         self.where = where
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files = {}
+        self._stored: dict[str, tuple[safe_open, str]] = {}  # the file and the name of the tensor to look in
         for path in files:
             file = open_safetensors(path)
             for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
                 if not IGNORED.fullmatch(name):
-                    self._files[name] = file
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                    self.dtypes[name] = file.get_slice(name).get_dtype()
+                    stored = file.get_slice(name)
+                    for view, shape in views(name, tuple(stored.get_shape())).items():
+                        self._stored[view] = file, name
+                        self.shapes[view] = shape
+                        self.dtypes[view] = stored.get_dtype()
 
     def drop(self, prefix: str) -> None:
         """Forget the tensors under a prefix: they are not wanted."""
         self.shapes = {name: shape for name, shape in self.shapes.items() if not name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        file, stored = self._stored[name]
+        tensor = file.get_tensor(stored)
+        match name.removeprefix(stored):
+            case ".q" | ".k" | ".v" as part:
+                return tensor.chunk(3)["qkv".index(part[1])]
+            case ".T":
+                return tensor.T.contiguous()
+        return tensor
+
+
+def views(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """A stored tensor under the names, and with the shapes, in which it is asked for."""
+    if name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")) and shape and shape[0] % 3 == 0:
+        return {f"{name}.{part}": (shape[0] // 3, *shape[1:]) for part in "qkv"}
+    if name.endswith(".text_projection") and len(shape) == 2:
+        return {f"{name}.T": (shape[1], shape[0])}
+    return {name: shape}
 
 
 def open_safetensors(path: Path) -> safe_open:

@@ -254,7 +254,6 @@ def test_a_net_stored_in_two_dtypes_takes_the_wider(nets, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("ztsnr", "has the flag ztsnr: it was trained on a schedule that ends in pure noise"),
         ("edm_mean", "has the flag edm_mean: it was trained on EDM's noise levels"),
         ("edm_vpred.sigma_max", "has the flag edm_vpred.sigma_max: it was trained on EDM's noise levels"),
     ],
@@ -262,6 +261,12 @@ def test_a_net_stored_in_two_dtypes_takes_the_wider(nets, tmp_path):
 def test_flags_of_other_schedules(flag, message, nets, tmp_path):
     tensors = single_file(nets) | {"v_pred": torch.zeros(0), flag: torch.zeros(0)}
     assert_refused(message, write(tmp_path / "model.safetensors", tensors))
+
+
+def test_zero_terminal_snr_flag(nets, tmp_path):
+    path = write(tmp_path / "model.safetensors", single_file(nets) | {"ztsnr": torch.zeros(0)})
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert load(path).scheduler == {**TINY.scheduler, **changes}
 
 
 def test_v_prediction_flag(nets, tmp_path):
@@ -356,7 +361,8 @@ def test_error_lists_every_tensor_that_does_not_fit(nets, tmp_path):
 def test_every_single_tensor_is_needed(file):
     """Nothing is left at a random value: without any one tensor there is an error that names it."""
     source = Source(file, [file])
-    plans = {part: Plan(net, getattr(TINY, part), source, keys) for part, (net, keys) in checkpoint.NETS.items()}
+    nets = {part: checkpoint.NETS[part] for part in ("unet", "vae", "text_encoder")}
+    plans = {part: Plan(net, getattr(TINY, part), source, keys) for part, (net, keys) in nets.items()}
     check(plans, file)
     assert len(source.shapes) == sum(len(plan.shapes) for plan in plans.values())
     for part, plan in plans.items():
@@ -442,7 +448,7 @@ def test_file_that_is_not_a_model(name, message, tmp_path):
 def test_other_official_models_are_known_by_name(row, tmp_path):
     name, tells, _ = row
     tensors = {tensor: torch.zeros([extent or 1 for extent in shape]) for tensor, shape in tells.items()}
-    message = rf"is {re.escape(name)}: not supported yet by this version, which has SD 1.x"
+    message = rf"is {re.escape(name)}: not supported yet by this version, which has SDXL base, .*SD 1.x"
     assert_refused(message, write(tmp_path / "model.safetensors", tensors))
 
 
@@ -555,7 +561,7 @@ def test_folder_whose_tokenizer_is_not_the_text_encoders(model):
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [
-        ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+        ("model_index.json", "_class_name", "StableDiffusion3Pipeline"),
         ("unet/config.json", "class_embed_type", "projection"),
         ("unet/config.json", "act_fn", "gelu"),
         ("unet/config.json", "only_cross_attention", [True, False]),
@@ -595,7 +601,7 @@ def test_folder_whose_tokenizer_is_not_the_text_encoders(model):
         ("text_encoder/config.json", "hidden_size", None),
         ("scheduler/scheduler_config.json", "prediction_type", "sample"),
         ("scheduler/scheduler_config.json", "trained_betas", [0.1]),
-        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", "yes"),
         ("scheduler/scheduler_config.json", "timestep_spacing", "sideways"),
     ],
 )
@@ -609,9 +615,9 @@ def test_scheduler_without_betas(model):
     assert_refused("scheduler_config.json: beta_schedule, beta_end missing", model)
 
 
-def test_inpainting_folder(model):
-    edit_json(model / "unet" / "config.json", in_channels=9)
-    assert_refused("the UNet has 9 channels in, 4 out .* only does the VAE's 4 in and out", model)
+def test_folder_with_other_channels(model):
+    edit_json(model / "unet" / "config.json", in_channels=8)
+    assert_refused("the UNet has 8 channels in, 4 out .* only does the VAE's 4 in and out, 9 in for inpainting", model)
 
 
 # Cost

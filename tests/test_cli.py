@@ -113,10 +113,20 @@ def test_every_setting(pipe, capsys):
         "strength": 0.5,
         "mask": Image.open("mask.png"),
         "eta": 0.25,
+        "guidance_rescale": 0.5,
+        "original_size": (64, 48),  # what SDXL alone looks at, like the next four
+        "crops_coords_top_left": (1, 2),
+        "target_size": (40, 48),
+        "aesthetic_score": 5.0,
+        "negative_aesthetic_score": 3.0,
+        "refiner": ldm.Pipeline.from_pretrained(DEFAULT_MODEL),
+        "refiner_start": 0.6,
     }
     argv = []
     for name, value in settings.items():
-        argv += ["--" + name.replace("_", "-"), {"image": "in.png", "mask": "mask.png"}.get(name, str(value))]
+        files = {"image": "in.png", "mask": "mask.png", "refiner": str(DEFAULT_MODEL)}
+        values = value if isinstance(value, tuple) else [files.get(name, value)]
+        argv += ["--" + name.replace("_", "-"), *map(str, values)]
     main(["fire", "-o", "x.png", "--quiet", *argv])
     assert pixels("x.png") == pixels(pipe("fire", **settings, progress=False).images[0])
     named = {field.name for field in fields(ldm.Settings)}
@@ -192,7 +202,7 @@ def test_nothing_to_draw(capsys):
 
 
 def test_nan_in_the_unet(capsys, monkeypatch):
-    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context: x * torch.nan)
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *_: x * torch.nan)
     assert "ldm: error: the UNet returned NaN" in fails(capsys, "fire")
 
 

@@ -12,7 +12,8 @@ from ldm.clip.config import TextConfig
 
 
 class TextEncoding(NamedTuple):
-    """context (B,length,width): what the UNet's cross-attention reads. pooled (B,width): the last layer's end token."""
+    """context (B,length,width): what the UNet's cross-attention reads. pooled (B,width): the last layer's end token,
+    (B,projection) where the config has a projection."""
 
     context: Tensor
     pooled: Tensor
@@ -101,21 +102,30 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.text_model = TextModel(config)
+        if config.projection is not None:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> TextEncoding:
         """ids (B,N) int64 with N up to the config's length.
 
-        `clip_skip` counts as webui does: 1 takes the last layer, 2 the one before it, and so on; the final LayerNorm
-        follows whichever was taken. Raises ValueError outside 1..layers.
+        `clip_skip` counts as webui does: 1 takes the last layer that the model was trained with, 2 the one before it,
+        and so on; the final LayerNorm, if the config has it, follows whichever was taken. The pooled token is of the
+        last layer of all, always with LayerNorm. Raises ValueError outside 1..layers - skip.
         """
-        if not 1 <= clip_skip <= self.config.layers:
+        c, model = self.config, self.text_model
+        if not 1 <= clip_skip <= c.layers - c.skip:
             raise ValueError(
-                f"clip_skip={clip_skip}: this text encoder has {self.config.layers} layers, so clip_skip goes from 1"
-                f" (the last layer, no cut) to {self.config.layers}"
+                f"clip_skip={clip_skip}: this text encoder has {c.layers - c.skip} layers to take, so clip_skip goes"
+                f" from 1 (the last of them, no cut) to {c.layers - c.skip}"
             )
-        model = self.text_model
         outputs = model.encoder(model.embeddings(ids))
-        context = model.final_layer_norm(outputs[-clip_skip])  # (B,N,C)
-        last = context if clip_skip == 1 else model.final_layer_norm(outputs[-1])
-        end = (ids == self.config.end_token).int().argmax(dim=1)  # the first end token: padding may repeat it
-        return TextEncoding(context, last[torch.arange(len(ids), device=ids.device), end])  # (B,C)
+        context = outputs[-clip_skip - c.skip]  # (B,N,C)
+        if c.final_norm:
+            context = model.final_layer_norm(context)
+        at_end = c.final_norm and clip_skip + c.skip == 1
+        last = context if at_end else model.final_layer_norm(outputs[-1])
+        end = (ids == c.end_token).int().argmax(dim=1)  # the first end token: padding may repeat it
+        pooled = last[torch.arange(len(ids), device=ids.device), end]  # (B,C)
+        if c.projection is not None:
+            pooled = self.text_projection(pooled)  # (B,projection)
+        return TextEncoding(context, pooled)

@@ -29,6 +29,16 @@ def linspace(steps: int) -> Tensor:
     return torch.linspace(999, 0, steps, dtype=torch.float64)
 
 
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Lin et al. 2023, algorithm 1: sqrt(a) shifted to end at 0 and scaled to begin where it did.
+
+    The last a is then held at 2^-24, as in diffusers' Euler, for a finite sigma of 4096: next to it x0 is nothing.
+    """
+    root = alphas_cumprod.sqrt()
+    scaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return (scaled**2).clamp(min=2**-24)
+
+
 TIMESTEPS: dict[str, Callable[..., Tensor]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
 SPACINGS = (*TIMESTEPS, "karras")
 
@@ -47,6 +57,7 @@ CHOICES: dict[str, tuple] = {
     "sigma_max": (None,),
     "final_sigmas_type": ("zero",),
     "set_alpha_to_one": (True, False),
+    "rescale_betas_zero_snr": (True, False),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
 }
 FREE = {
@@ -62,6 +73,8 @@ class Schedule:
 
     `spacing` is the one that the model's own configuration asks for, None if it leaves that to the sampler.
     `steps_offset` and `set_alpha_to_one` are diffusers' names for "leading" + 1 and for a last sigma of 0 in DDIM.
+    `zero_snr`: the last timestep is pure noise, as models are trained whose scheduler_config.json has
+    rescale_betas_zero_snr. They want the spacing "trailing", which starts there.
     """
 
     def __init__(
@@ -71,9 +84,12 @@ class Schedule:
         spacing: str | None = None,
         steps_offset: int = 1,
         set_alpha_to_one: bool = False,
+        zero_snr: bool = False,
     ):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)
+        if zero_snr:
+            self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
         self.spacing = spacing
         self.steps_offset = steps_offset
         self.set_alpha_to_one = set_alpha_to_one
@@ -105,6 +121,7 @@ class Schedule:
             "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing"),
             config.get("steps_offset", 1),
             config.get("set_alpha_to_one", False),
+            config.get("rescale_betas_zero_snr", False),
         )
 
     @property

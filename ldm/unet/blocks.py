@@ -18,6 +18,20 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+# How many numbers SDXL's vector speaks of. 6: original height and width, crop's top and left, target height and width;
+# 5 (refiner): original height and width, crop's top and left, aesthetic score.
+VECTOR_NUMBERS = (6, 5)
+
+
+def vector_embedding(pooled: Tensor, numbers: Tensor) -> Tensor:
+    """SDXL's size conditioning (Podell et al. 2023, section 2.2): each number is embedded as a timestep is.
+
+    pooled (B,projection), numbers (B,n) float32 -> (B,projection + 256 n) in the dtype of pooled
+    """
+    embedded = timestep_embedding(numbers.flatten(), 256).view(len(numbers), -1)  # (B,256n)
+    return torch.cat([pooled, embedded.to(pooled.dtype)], dim=1)
+
+
 class TimestepEmbedding(nn.Module):
     def __init__(self, width: int, out: int):
         super().__init__()

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """`scaling_factor` brings the latents to about unit variance: the UNet works on scaling_factor * z."""
+    """`scaling_factor` brings the latents to about unit variance: the UNet works on scaling_factor * z. `upcast`: this
+    VAE overflows in float16, and runs in float32 where the UNet runs in that."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     layers: int = 2
     latent_channels: int = 4
     scaling_factor: float = 0.18215
     groups: int = 32
+    upcast: bool = False
 
     @property
     def factor(self) -> int:

@@ -86,7 +86,7 @@ def test_pooled_is_the_last_layer_at_the_first_end_token_whatever_the_clip_skip(
 
 @pytest.mark.parametrize("clip_skip", [0, -1, 4])
 def test_clip_skip_beyond_the_layers_is_an_error_that_names_both(clip_skip):
-    with pytest.raises(ValueError, match=f"clip_skip={clip_skip}: .* 3 layers"):
+    with pytest.raises(ValueError, match=f"clip_skip={clip_skip}: .* 3 layers to take"):
         encoder()(prompts(16), clip_skip=clip_skip)
 
 
@@ -106,7 +106,7 @@ TRAPS = {
     "no final LayerNorm after a cut": {
         "context = model.final_layer_norm(": "context = (model.final_layer_norm if clip_skip == 1 else lambda x: x)("
     },
-    "clip skip counted from 0": {"outputs[-clip_skip]": "outputs[max(-clip_skip - 1, -len(outputs))]"},
+    "clip skip counted from 0": {"outputs[-clip_skip - c.skip]": "outputs[max(-clip_skip - 1, -len(outputs))]"},
     "pooled at the last end token": {"end = (ids": "end = ids.shape[1] - 1 - (ids.flip(1)"},
     "pooled from the layer of the clip skip": {"outputs[-1])": "outputs[-2])"},
 }

@@ -279,7 +279,7 @@ def test_from_config():
         ("timestep_spacing", "sideways", "'leading' or 'trailing' or 'linspace' or None"),
         ("timestep_type", "continuous", "'discrete'"),
         ("trained_betas", [0.1, 0.2], "null or false"),
-        ("rescale_betas_zero_snr", True, "null or false"),
+        ("rescale_betas_zero_snr", "yes", "True or False"),
         ("clip_sample", True, "null or false"),
         ("thresholding", True, "null or false"),
         ("use_karras_sigmas", "no", "True or False or None"),

@@ -1,0 +1,455 @@
+"""The other models of the family: their files' layouts at full size, and whole runs of tiny ones beside diffusers."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from parity import diffusers_unet, diffusers_vae, transformers_text
+from PIL import Image
+from safetensors.torch import save_file
+from synthetic import vocabulary
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+import ldm
+from ldm import checkpoint
+from ldm.checkpoint import SCHEDULER, SDXL, Model, inpainting, load
+from ldm.clip import TextConfig
+from ldm.source import IGNORED
+from ldm.unet import UNetConfig
+from ldm.vae import VAEConfig
+
+KEYS = Path(__file__).parent / "keys"
+TEXT = TextConfig(vocab_size=520, width=24, layers=3, heads=4, end_token=519)
+TEXT_2 = replace(TEXT, width=32, activation="gelu", skip=1, final_norm=False, projection=32)
+UNET = UNetConfig(
+    channels=(16, 32),
+    layers=1,
+    depth=(1, 0),
+    heads=None,
+    head_width=8,
+    context_width=24,
+    linear_projection=True,
+    groups=8,
+)
+VAE_ = VAEConfig(channels=(8, 16), layers=1, groups=4, scaling_factor=0.5)
+
+SD1_INPAINT = inpainting(
+    Model(replace(UNET, heads=4, head_width=None, linear_projection=False), VAE_, TEXT, SCHEDULER, 64)
+)
+SD2 = Model(UNET, VAE_, replace(TEXT, activation="gelu"), SCHEDULER, 64)
+SD2_V = replace(SD2, scheduler={**SCHEDULER, "prediction_type": "v_prediction"})
+ZERO_SNR = replace(SD2_V, scheduler={**SD2_V.scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+XL = Model(
+    replace(UNET, depth=(0, 2), mid_depth=2, context_width=24 + 32, vector_width=32 + 6 * 256),
+    replace(VAE_, upcast=True),
+    replace(TEXT, skip=1, final_norm=False),
+    SDXL.scheduler,
+    64,
+    TEXT_2,
+    zero_negative=True,
+)
+REFINER = replace(
+    XL,
+    unet=replace(XL.unet, context_width=32, vector_width=32 + 5 * 256),
+    text_encoder=None,
+    zero_negative=False,
+)
+
+
+# Layouts of the official files
+
+
+def sparse(path, shapes):
+    """A safetensors file of float16 zeros, all of whose data are a hole: no space on the disk, whatever its size."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+LAYOUTS = {  # the row, and how many tensors its nets have
+    "sd15": ("SD 1.x", 1130),
+    "sd15_inpaint": ("SD 1.x inpainting", 1130),
+    "sd2": ("SD 2.x", 1306),
+    "sdxl_base": ("SDXL base", 2641),
+    "sdxl_refiner": ("SDXL refiner", 1985),
+}
+KINDS = ("weight", "bias")
+BUFFERS = {name for name in json.loads((KEYS / "sd15.json").read_text()) if "." not in name}
+OTHERS = {  # the tensors that no net asks for, but the buffers
+    "sd15": {"cond_stage_model.transformer.text_model.embeddings.position_ids"},
+    "sd15_inpaint": {"cond_stage_model.transformer.text_model.embeddings.position_ids"},
+    "sd2": {"cond_stage_model.model.logit_scale"},
+    "sdxl_base": {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+        "conditioner.embedders.1.model.logit_scale",
+    },
+    "sdxl_refiner": {"conditioner.embedders.0.model.logit_scale"},
+}
+LAST = "cond_stage_model.model.transformer.resblocks.23."
+UNUSED = {
+    "sd2": {"cond_stage_model.model.text_projection"}
+    | {
+        LAST + f"{part}.{kind}"
+        for part in ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+        for kind in KINDS
+    }
+    | {LAST + f"attn.in_proj_{kind}" for kind in KINDS}
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*an SD 2 file does not say")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_tables_are_a_bijection(layout, tmp_path, monkeypatch):
+    shapes = json.loads((KEYS / f"{layout}.json").read_text())
+    file = sparse(tmp_path / "model.safetensors", shapes)
+    name, count = LAYOUTS[layout]
+    model = next(model for row, _, model in checkpoint.OFFICIAL if row == name)
+    plans = {}
+    monkeypatch.setattr(
+        checkpoint, "check", lambda found, path, check=checkpoint.check: plans.update(found) or check(found, path)
+    )
+    parts = load(file)
+    for part in checkpoint.NETS:
+        net, config = getattr(parts, part), getattr(model, part)
+        assert (net is None) == (config is None)
+        assert net is None or net.config == config
+    asked = [theirs for plan in plans.values() for theirs in plan.theirs.values()]
+    assert len(asked) == len(set(asked)) == count
+    source = next(iter(plans.values())).source
+    left = set(shapes) - {source._stored[theirs][1] for theirs in asked}
+    assert left == {name for name in shapes if IGNORED.fullmatch(name)} | UNUSED.get(layout, set())
+    assert {name for name in left if "." not in name} == (set() if "xl" in layout else BUFFERS)
+    assert {name for name in left if "." in name} == OTHERS[layout] | UNUSED.get(layout, set())
+
+
+def official_tensors(pipe):
+    """A pipeline's tensors as the official single file of its model has them, with OpenCLIP's stacked."""
+    tensors = {}
+    for part in checkpoint.NETS:
+        net = getattr(pipe, part)
+        if net is None:
+            continue
+        layouts = [checkpoint.NETS[part][1](net.config, name) for name in net.state_dict()]
+        layout = {"unet": 0, "vae": 0, "text_encoder": 2 if pipe.text_encoder_2 else 4, "text_encoder_2": 5}[part]
+        if part == "text_encoder_2" and pipe.text_encoder is None:
+            layout = 6
+        tensors |= {names[layout]: p for names, p in zip(layouts, net.state_dict().values(), strict=True)}
+    for name in [name for name in tensors if name.endswith(".q")]:
+        stacked = name.removesuffix(".q")
+        tensors[stacked] = torch.cat([tensors.pop(f"{stacked}.{part}") for part in "qkv"])
+    for name in [name for name in tensors if name.endswith(".text_projection.T")]:
+        tensors[name.removesuffix(".T")] = tensors.pop(name).T.contiguous()
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["SD 2", "SDXL", "refiner"])
+def test_single_file(kind, tmp_path, monkeypatch, base, refiner, sd2_v):
+    """The same nets as in the folder, bit for bit: stacked q, k, v and the projection are found and turned."""
+    pipe, model = {"SD 2": (sd2_v[0], SD2), "SDXL": (base[0], XL), "refiner": (refiner[0], REFINER)}[kind]
+    tensors = official_tensors(pipe)
+    shape = tuple(tensors["model.diffusion_model.input_blocks.0.0.weight"].shape)
+    width = model.unet.context_width
+    to_k = next(name for name in tensors if name.endswith("attn2.to_k.weight"))
+    row = ("tiny", {"model.diffusion_model.input_blocks.0.0.weight": shape, to_k: (None, width)}, model)
+    monkeypatch.setattr(checkpoint, "OFFICIAL", (row,))
+    save_file({name: p.contiguous() for name, p in tensors.items()}, tmp_path / "tiny.safetensors")
+    parts = load(tmp_path / "tiny.safetensors")
+    for part in checkpoint.NETS:
+        ours, theirs = getattr(parts, part), getattr(pipe, part)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.config == theirs.config
+            for name, p in theirs.state_dict().items():
+                assert torch.equal(ours.state_dict()[name], p), name
+    pads = [None if t is None else t.pad for t in (parts.tokenizer, parts.tokenizer_2)]
+    assert pads == {"SD 2": [0, None], "SDXL": [49407, 0], "refiner": [None, 0]}[kind]
+
+
+@pytest.mark.parametrize(("spread", "guess"), [(0.05, "epsilon"), (0.12, "v_prediction")])
+def test_the_prediction_of_sd2_is_a_guess_and_said_to_be_one(spread, guess, tmp_path, monkeypatch, sd2_v):
+    tensors = official_tensors(sd2_v[0])
+    bias = spread * torch.tensor([1.0, -1.0]).repeat(16) * (31 / 32) ** 0.5
+    # The tiny net has no such tensor: any other takes its place.
+    name = next(n for n, p in tensors.items() if n.startswith("model.diffusion_model.output") and p.shape == (32,))
+    monkeypatch.setattr(checkpoint, "TELLS_V", name)
+    monkeypatch.setattr(checkpoint, "SD2", SD2)
+    row = ("tiny", {"model.diffusion_model.input_blocks.0.0.weight": (16, 4, 3, 3)}, SD2)
+    monkeypatch.setattr(checkpoint, "OFFICIAL", (row,))
+    file = tmp_path / "tiny.safetensors"
+    save_file({n: p.contiguous() for n, p in (tensors | {name: bias}).items()}, file)
+    with pytest.warns(UserWarning, match=rf"taken for {guess}: a guess, .* spreads by {spread:.3f}"):
+        parts = load(file)
+    assert parts.scheduler["prediction_type"] == guess
+    assert parts.size == (768 if guess == "v_prediction" else SD2.size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sure in ("epsilon", "v_prediction"):
+            parts = load(file, prediction_type=sure)
+            assert (parts.scheduler["prediction_type"], parts.size) == (sure, 768 if sure == "v_prediction" else 64)
+
+
+# Whole runs beside diffusers
+
+
+def text_model(c):
+    if c.projection is None:
+        return transformers_text(c)
+    net = transformers_text(c)
+    config = CLIPTextConfig.from_dict({**net.config.to_dict(), "projection_dim": c.projection})
+    return CLIPTextModelWithProjection(config)
+
+
+def tokenizer(pad):
+    vocab, merges = vocabulary()
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad)
+
+
+def parts_of(model, seed=0):
+    """diffusers' and transformers' nets for a model, with random values everywhere."""
+    torch.manual_seed(seed)
+    nets = {"unet": diffusers_unet(model.unet, 256), "vae": diffusers_vae(model.vae)}
+    for part in ("text_encoder", "text_encoder_2"):
+        config = getattr(model, part)
+        if config is not None:
+            nets[part] = text_model(config)
+            nets[part.replace("text_encoder", "tokenizer")] = tokenizer(
+                "<|endoftext|>" if config.activation == "quick_gelu" else "!"
+            )
+    for net in nets.values():
+        if isinstance(net, torch.nn.Module):
+            for p in net.requires_grad_(False).eval().parameters():
+                p.normal_(std=0.1)
+    nets["unet"].conv_in.weight.normal_(std=0.3)
+    nets["unet"].conv_out.weight.normal_(std=0.05)
+    for name, p in nets["unet"].named_parameters():
+        if "attn2.to_" in name:
+            p.normal_(std=0.5)  # else the text hardly matters
+    nets["unet"].register_to_config(sample_size=model.size // model.vae.factor)
+    return nets
+
+
+def saved(pipe, folder):
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return ldm.Pipeline.from_pretrained(folder)
+
+
+SD_NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def scheduler(cls, model):
+    fields = {k: v for k, v in model.scheduler.items() if k in cls.__init__.__annotations__}
+    return cls(**fields, **({"clip_sample": False} if cls is DDIMScheduler else {}))
+
+
+def sd(model, cls=StableDiffusionPipeline, sampler=DDIMScheduler):
+    pipe = cls(**parts_of(model), scheduler=scheduler(sampler, model), **SD_NONE)
+    # transformers 5 took `text_model` away, diffusers still looks for it at clip_skip; as a plain attribute, no module.
+    object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
+    return pipe
+
+
+def theirs(pipe, seed=0, steps=5, **arguments):
+    """The last latents."""
+    arguments = {"guidance_scale": 7.5} | arguments
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(generator=generator, num_inference_steps=steps, output_type="latent", **arguments).images
+
+
+def ours(pipe, seed=0, steps=5, **arguments):
+    return pipe(seed=seed, steps=steps, progress=False, **arguments).latents
+
+
+def assert_close(a, b):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= 1e-3
+
+
+CAT, RED = "a cat", "the red"
+
+
+@pytest.fixture(scope="module")
+def sd2_v(tmp_path_factory):
+    reference = sd(SD2_V)
+    return saved(reference, tmp_path_factory.mktemp("sd2") / "model"), reference
+
+
+class TestSD2:
+    @pytest.mark.parametrize("rescale", [0.0, 0.7])
+    @pytest.mark.parametrize("model", [SD2, SD2_V], ids=["epsilon", "v"])
+    def test_guidance_rescale(self, model, rescale, tmp_path):
+        reference = sd(model)
+        pipe = saved(reference, tmp_path)
+        assert pipe.prediction_type == model.scheduler["prediction_type"]
+        assert pipe.tokenizer.pad == pipe.tokenizer.vocab["!"]
+        common = {"prompt": CAT, "negative_prompt": RED, "guidance_rescale": rescale}
+        assert_close(ours(pipe, sampler="ddim", **common), theirs(reference, **common))
+
+    def test_clip_skip(self, sd2_v):
+        pipe, reference = sd2_v
+        a = ours(pipe, sampler="ddim", prompt=CAT, clip_skip=2, guidance_scale=1)
+        assert_close(a, theirs(reference, prompt=CAT, clip_skip=1, guidance_scale=1))
+
+    @pytest.mark.parametrize("sampler", [DDIMScheduler, EulerDiscreteScheduler])
+    def test_zero_terminal_snr(self, sampler, tmp_path):
+        """DDIM there has no noise scale but infinity; ours begins at sigma 4096, a 2.4e-4th of x0 away."""
+        reference = sd(ZERO_SNR, sampler=sampler)
+        pipe = saved(reference, tmp_path)
+        assert pipe.schedule.sigma_max == pytest.approx(4096, rel=1e-4)
+        name = "ddim" if sampler is DDIMScheduler else "euler"
+        for rescale in (0.0, 0.7):
+            common = {"prompt": CAT, "negative_prompt": RED, "guidance_rescale": rescale}
+            assert_close(ours(pipe, sampler=name, **common), theirs(reference, **common))
+
+
+class TestInpainting:
+    @pytest.mark.parametrize("strength", [1.0, 0.6])
+    def test_nine_channels(self, strength, tmp_path):
+        reference = sd(SD1_INPAINT, StableDiffusionInpaintPipeline)
+        pipe = saved(reference, tmp_path)
+        assert pipe.unet.config.in_channels == 9
+        x, y = np.meshgrid(np.linspace(0, 255, 64), np.linspace(0, 255, 64))
+        image = Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (16, 8, 50, 40))
+        a = ours(pipe, prompt=CAT, negative_prompt=RED, sampler="ddim", image=image, mask=mask, strength=strength)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 127.5 - 1
+        inputs = {"image": pixels, "mask_image": mask, "height": 64, "width": 64, "strength": strength}
+        assert_close(a, theirs(reference, prompt=CAT, negative_prompt=RED, **inputs))
+
+    def test_without_a_mask_everything_is_hidden(self, tmp_path):
+        pipe = saved(sd(SD1_INPAINT), tmp_path)
+        white = Image.new("L", (64, 64), 255)
+        a = ours(pipe, prompt=CAT, image=Image.new("RGB", (64, 64), "red"), mask=white, strength=1)
+        assert torch.equal(ours(pipe, prompt=CAT), a)
+        with pytest.raises(ValueError, match=r"mask with latents=: .* give it as image="):
+            ours(pipe, prompt=CAT, latents=torch.zeros(1, 4, 32, 32), mask=white)
+
+
+def xl(model, cls=StableDiffusionXLPipeline, **options):
+    parts = dict.fromkeys(("text_encoder", "tokenizer")) | parts_of(model)
+    return cls(**parts, scheduler=scheduler(EulerDiscreteScheduler, model), **options)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    reference = xl(XL, add_watermarker=False)
+    return saved(reference, tmp_path_factory.mktemp("xl") / "base"), reference
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory):
+    options = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False, "add_watermarker": False}
+    reference = xl(REFINER, StableDiffusionXLImg2ImgPipeline, **options)
+    return saved(reference, tmp_path_factory.mktemp("xl") / "refiner"), reference
+
+
+class TestXL:
+    @pytest.mark.parametrize("negative", [None, "", RED])
+    def test_negative_prompt(self, base, negative):
+        pipe, reference = base
+        assert pipe.zero_negative
+        common = {"prompt": CAT, "negative_prompt": negative}
+        assert_close(ours(pipe, **common), theirs(reference, **common))
+        if negative is not None:
+            assert (ours(pipe, **common) - ours(pipe, prompt=CAT)).abs().max() > 0.01
+
+    def test_sizes(self, base):
+        pipe, reference = base
+        sizes = {"original_size": (100, 90), "crops_coords_top_left": (5, 10), "target_size": (70, 60)}
+        common = {"prompt": CAT, "width": 48, "height": 32}
+        a = ours(pipe, **common, **sizes)
+        assert_close(a, theirs(reference, **common, **sizes))
+        for name in sizes:
+            assert (ours(pipe, **common, **(sizes | {name: (1, 2)})) - a).abs().max() > 1e-2
+
+    def test_clip_skip(self, base):
+        pipe, reference = base
+        a = ours(pipe, prompt=CAT, guidance_scale=1, clip_skip=2)
+        assert_close(a, theirs(reference, prompt=CAT, guidance_scale=1, clip_skip=1))
+        with pytest.raises(ValueError, match=r"clip_skip=3: .* 2 layers"):
+            ours(pipe, prompt=CAT, clip_skip=3)
+
+    def test_guidance_rescale_and_a_batch(self, base):
+        pipe, reference = base
+        a = ours(pipe, prompt=[CAT, RED], seed=[3, 4], guidance_rescale=0.5)
+        for i, prompt in enumerate([CAT, RED]):
+            assert_close(a[i : i + 1], theirs(reference, 3 + i, prompt=prompt, guidance_rescale=0.5))
+
+    def test_image_to_image(self, base):
+        pipe, reference = base
+        reference = StableDiffusionXLImg2ImgPipeline(**reference.components)
+        reference.set_progress_bar_config(disable=True)
+        image = Image.effect_noise((64, 64), 80).convert("RGB")
+        a = ours(pipe, prompt=CAT, image=image, strength=0.5, steps=10)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 127.5 - 1
+        assert_close(a, theirs(reference, prompt=CAT, image=pixels, strength=0.5, steps=10))
+
+    @pytest.mark.parametrize("start", [0.8, 0.55, 0.3])
+    def test_hand_over(self, base, refiner, start):
+        (pipe, reference), (second, reference_2) = base, refiner
+        assert second.text_encoder is None and not second.zero_negative
+        common = {"prompt": CAT, "negative_prompt": RED, "steps": 10}
+        latents = theirs(reference, **common, denoising_end=start)
+        scores = {"aesthetic_score": 5.5, "negative_aesthetic_score": 1.5}
+        b = theirs(reference_2, image=latents, **common, **scores, denoising_start=start)
+        assert_close(ours(pipe, **common, **scores, refiner=second, refiner_start=start), b)
+
+    def test_refiner_alone(self, refiner):
+        pipe, reference = refiner
+        image = Image.effect_noise((64, 64), 80).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 127.5 - 1
+        a = ours(pipe, prompt=CAT, image=image, strength=0.5, steps=10)
+        assert_close(a, theirs(reference, prompt=CAT, image=pixels, strength=0.5, steps=10))
+
+
+# Precision of SDXL's VAE
+
+
+def test_the_vae_that_overflows_stays_in_float32(base, tmp_path):
+    folder = tmp_path / "xl"
+    base[1].save_pretrained(folder)
+    half = load(folder, dtype=torch.float16)
+    assert half.unet.conv_in.weight.dtype == torch.float16
+    assert half.vae.quant_conv.weight.dtype == torch.float32
+    assert load(folder, dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
+    assert load(folder, dtype=torch.float16, vae_dtype=torch.float16).vae.quant_conv.weight.dtype == torch.float16
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": False}))
+    assert load(folder, dtype=torch.float16).vae.quant_conv.weight.dtype == torch.float16
+
+
+def test_an_overflow_is_decoded_again_in_float32(base, tmp_path):
+    base[1].save_pretrained(tmp_path)
+    pipe = ldm.Pipeline.from_pretrained(tmp_path, vae_dtype=torch.bfloat16)
+    z = torch.randn(1, 4, 32, 32)
+    decoder = type(pipe.vae.decoder).forward
+
+    def overflowing(self, z):
+        return decoder(self, z) * (torch.inf if z.dtype == torch.bfloat16 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.vae.decoder), "forward", overflowing)
+        with pytest.warns(UserWarning, match="NaN or infinity in torch.bfloat16; it is run again in float32"):
+            pixels = pipe.decode(z)
+    assert pipe.vae.quant_conv.weight.dtype == torch.bfloat16
+    pipe.vae.float()
+    assert torch.equal(pixels, pipe.decode(z))
