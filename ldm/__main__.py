@@ -64,6 +64,7 @@ def generate(a: argparse.Namespace) -> None:
         aesthetic_score=a.aesthetic_score,
         negative_aesthetic_score=a.negative_aesthetic_score,
         refiner_start=a.refiner_start,
+        emphasis=None if a.emphasis == "off" else a.emphasis,
     )
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
     pipe = Pipeline.from_pretrained(a.model, vae=a.vae, prediction_type=a.prediction_type, **where)
@@ -99,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--clip-skip", type=int, default=1, metavar="N", help="1 is the last layer, no cut (default 1)")
+    p.add_argument(
+        "--emphasis", choices=["mean", "none", "off"], default="mean", help="of (word:1.3); off: brackets are text"
+    )
     p.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
     p.add_argument("--strength", type=float, default=0.75, help="0 keeps the image, 1 replaces it (default 0.75)")
     p.add_argument("--mask", type=Path, metavar="FILE", help="white where the image is to be repainted")

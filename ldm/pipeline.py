@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.clip import TextEncoder, TextEncoding
+from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
 from ldm.guidance import guided, handed_over
 from ldm.image import to_images, to_mask, to_rgb, to_tensor
@@ -162,15 +163,27 @@ class Pipeline:
         return self._begin(Settings(prompt, **settings))[2]
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str], clip_skip: int = 1) -> TextEncoding:
-        """context (B,77,width) in the nets' dtype: the encoders' side by side. pooled (B,width): the last one's."""
+    def encode_text(
+        self, texts: list[str], clip_skip: int = 1, emphasis: str | None = "mean", chunks: int = 1
+    ) -> TextEncoding:
+        """context (B,77n,width) in the nets' dtype: the encoders' side by side. pooled (B,width): the last one's.
+
+        emphasis: as in `Settings`. chunks: n is at least so many.
+        """
         both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
-        encodings = [
-            encoder(tokenizer(texts).to(self.device), clip_skip)
-            for tokenizer, encoder in both
-            if tokenizer is not None and encoder is not None
-        ]
+        encodings = []
+        for tokenizer, encoder in both:
+            if tokenizer is not None and encoder is not None:
+                plans = [plan(text, tokenizer, emphasis is not None) for text in texts]
+                count = max(chunks, *(len(p.chunks) for p in plans))
+                encodings.append(encode(plans, count, tokenizer, encoder, clip_skip, emphasis == "mean"))
         return TextEncoding(torch.cat([e.context for e in encodings], dim=-1), encodings[-1].pooled)
+
+    def plan(self, text: str, emphasis: str | None = "mean") -> PromptPlan:
+        """What becomes of a prompt: its chunks, tokens and weights, to print."""
+        tokenizer = self.tokenizer or self.tokenizer_2
+        assert tokenizer is not None, "a pipeline has one of the two"
+        return plan(text, tokenizer, emphasis is not None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -235,10 +248,12 @@ class Pipeline:
     def _denoiser(self, s: Settings, size: tuple[int, int], log: bool, seen: Tensor | None = None) -> Denoiser:
         """The UNet under the texts of the call, guided. size: (width, height) in pixels. seen (B,5,h,w): what an
         inpainting model is shown beside x."""
-        context, pooled = self.encode_text(s.texts, s.clip_skip)
+        texts = s.texts + (s.negative_texts if s.guidance_scale != 1 else [])
+        chunks = max(len(self.plan(text, s.emphasis).chunks) for text in texts)
+        context, pooled = self.encode_text(s.texts, s.clip_skip, s.emphasis, chunks)
         scores = [s.aesthetic_score] * s.count
         if s.guidance_scale != 1:
-            away = self.encode_text(s.negative_texts, s.clip_skip)
+            away = self.encode_text(s.negative_texts, s.clip_skip, s.emphasis, chunks)
             if self.zero_negative and s.negative_prompt is None:
                 away = TextEncoding(*map(torch.zeros_like, away))
             context, pooled = torch.cat([away.context, context]), torch.cat([away.pooled, pooled])  # (2B,...)

@@ -44,6 +44,8 @@ class Settings:
     seed: of the first picture, picture i has seed + i; or a list of seeds. batch_size: pictures per prompt.
     width, height: in pixels, multiples of the VAE's factor (8 for the official models). None: the picture's, or the
         model's native size.
+    emphasis: weights in prompts as in webui, (word:1.3), [word], BREAK (see ldm/clip/prompt.py): "mean" keeps the mean
+        of the text's context, as webui does, "none" does not; None takes brackets as text.
     clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts.
     image: the picture to start from. strength: 0 returns it, 1 replaces it by noise. mask: white where to repaint.
     latents: (B,4,h,w) in the VAE's scale (as `Output.latents`), takes the place of the encoded image.
@@ -82,6 +84,7 @@ class Settings:
     negative_aesthetic_score: float = 2.5
     refiner: "Pipeline | None" = field(default=None, repr=False)
     refiner_start: float = 0.8
+    emphasis: str | None = "mean"
 
     def __post_init__(self):
         for name in ("prompt", "negative_prompt"):
@@ -115,6 +118,8 @@ class Settings:
         for name in ("width", "height"):
             if getattr(self, name) is not None and not is_whole(getattr(self, name), 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels, or None")
+        if self.emphasis not in ("mean", "none", None):
+            raise ValueError(f"emphasis={self.emphasis!r}: use 'mean', 'none', or None for brackets that are text")
         if not is_whole(self.clip_skip, 1):
             raise ValueError(f"clip_skip={self.clip_skip!r}: give a whole number from 1 (the last layer, no cut)")
         if not is_whole(self.batch_size, 1):

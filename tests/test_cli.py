@@ -121,14 +121,15 @@ def test_every_setting(pipe, capsys):
         "negative_aesthetic_score": 3.0,
         "refiner": ldm.Pipeline.from_pretrained(DEFAULT_MODEL),
         "refiner_start": 0.6,
+        "emphasis": "none",
     }
     argv = []
     for name, value in settings.items():
         files = {"image": "in.png", "mask": "mask.png", "refiner": str(DEFAULT_MODEL)}
         values = value if isinstance(value, tuple) else [files.get(name, value)]
         argv += ["--" + name.replace("_", "-"), *map(str, values)]
-    main(["fire", "-o", "x.png", "--quiet", *argv])
-    assert pixels("x.png") == pixels(pipe("fire", **settings, progress=False).images[0])
+    main(["(fire:1.4)", "-o", "x.png", "--quiet", *argv])
+    assert pixels("x.png") == pixels(pipe("(fire:1.4)", **settings, progress=False).images[0])
     named = {field.name for field in fields(ldm.Settings)}
     assert named - set(settings) == {"prompt", "batch_size", "latents", "noise"}  # -n; tensors have no spelling
 

@@ -91,6 +91,10 @@ class Tokenizer:
                 warnings.warn(
                     f"the prompt has {len(ids) + len(cut)} tokens, {len(ids)} fit; cut: {lost!r}", stacklevel=2
                 )
-            row = [self.begin, *ids, self.end]
-            rows.append(row + [self.pad] * (self.length - len(row)))
-        return torch.tensor(rows)
+            rows.append(ids)
+        return self.rows(rows)
+
+    def rows(self, ids: list[list[int]]) -> Tensor:
+        """At most length - 2 ids each -> (B,length) int64: begin, ids, end, padding."""
+        framed = [[self.begin, *row, self.end] for row in ids]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in framed])
