@@ -1,6 +1,6 @@
 """Train the default model, emoji-64. `emoji` does all of it; the other verbs are its parts, in their order.
 
-    python -m ldm.train emoji       everything below, an estimated six hours on two cores; needs npm, the extra "train"
+    python -m ldm.train emoji       everything below, two and a half hours on two cores; needs npm, the extra "train"
     python -m ldm.train data        rebuild the pictures from their npm packages
     python -m ldm.train vae         train the VAE
     python -m ldm.train diffusion   train the UNet and the text encoder on the VAE's latents
