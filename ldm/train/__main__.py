@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
     parser.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=8_000, help="of the diffusion, 64 pictures each")
+    parser.add_argument("--steps", type=int, default=7_000, help="of the diffusion, 64 pictures each")
     a = parser.parse_args()
     for verb in PARTS if a.verb == "emoji" else [a.verb]:
         PARTS[verb](a)

@@ -100,7 +100,7 @@ def loss_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 def train_diffusion(
-    file: Path, vae: VAE, folder: Path, *, steps: int = 8_000, batch: int = 64, lr: float = 2e-3, seed: int = 0
+    file: Path, vae: VAE, folder: Path, *, steps: int = 7_000, batch: int = 64, lr: float = 2e-3, seed: int = 0
 ) -> Nets:
     """v prediction (Salimans & Ho 2022), light on the low noise. Returns the EMA `unet` and `text_encoder`.
 
