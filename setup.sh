@@ -14,10 +14,13 @@ if [ "$(uname -s)" = Linux ] && [ -z "$own_places" ] && ! command -v nvidia-smi 
     torch_from=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
 pip install -q -c constraints.txt ${torch_from[@]+"${torch_from[@]}"} torch
+# "compat" puts the checkout on Python's path. Without it `import ldm` would, beside a checkout that is called ldm, find
+# that folder instead of the package in it.
+editable=(--config-settings editable_mode=compat)
 if [ "${1:-}" = test ]; then
-    pip install -q -c constraints.txt -e ".[test]"
+    pip install -q -c constraints.txt "${editable[@]}" -e ".[test]"
     # Reference implementations of which only single modules are used: their own dependencies are many and stay away.
     pip install -q -c constraints.txt --no-deps k-diffusion open_clip_torch
 else
-    pip install -q -c constraints.txt -e .
+    pip install -q -c constraints.txt "${editable[@]}" -e .
 fi

@@ -35,6 +35,13 @@ def save(image: Image.Image, file: Path, text: str) -> Path:
     return name
 
 
+def open_image(option: str, file: Path | None) -> Image.Image | None:
+    try:
+        return None if file is None else Image.open(file)
+    except OSError as error:
+        raise ValueError(f"{option} {file}: {error.strerror or 'not an image that Pillow can read'}") from error
+
+
 def generate(a: argparse.Namespace) -> None:
     """Make pictures from a prompt, and perhaps from a picture."""
     if a.output.suffix.lower() != ".png":
@@ -53,9 +60,9 @@ def generate(a: argparse.Namespace) -> None:
         width=a.width,
         height=a.height,
         clip_skip=a.clip_skip,
-        image=None if a.image is None else Image.open(a.image),
+        image=open_image("--image", a.image),
         strength=a.strength,
-        mask=None if a.mask is None else Image.open(a.mask),
+        mask=open_image("--mask", a.mask),
         eta=a.eta,
         guidance_rescale=a.guidance_rescale,
         original_size=a.original_size,

@@ -6,7 +6,7 @@ from ldm.samplers.ddim import ddim
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
 from ldm.samplers.euler import euler
 from ldm.samplers.schedule import SPACINGS, Schedule
-from ldm.samplers.step import Noise, Step
+from ldm.samplers.step import Noise, Step, intervals
 
 Sampler = Callable[..., Iterator[Step]]
 
@@ -33,5 +33,6 @@ __all__ = [
     "Step",
     "ddim",
     "euler",
+    "intervals",
     "net_denoiser",
 ]
