@@ -227,11 +227,12 @@ def open_file(path: Path, own_vae: bool, prediction_type: str | None) -> Opened:
     model = detect(source)
     # Fine-tuned models say by flags how they were trained.
     says_v = source.shapes.pop("v_pred", None) is not None
-    if source.shapes.pop("ztsnr", None) is not None:
-        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        model = replace(model, scheduler={**model.scheduler, **changes})
+    zero_snr = source.shapes.pop("ztsnr", None) is not None
     if prediction_type is None and (says_v or (model == SD2 and guess_v(source))):
         prediction_type = "v_prediction"
+    if zero_snr:
+        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        model = replace(model, scheduler={**model.scheduler, **changes})
     if prediction_type == "v_prediction":
         size = 768 if model.unet == SD2.unet else model.size
         model = replace(model, scheduler={**model.scheduler, "prediction_type": prediction_type}, size=size)
@@ -271,7 +272,7 @@ def open_folder(path: Path, own_vae: bool, dtype: torch.dtype | None) -> Opened:
     index = folder.read_index(path)
     xl = index["_class_name"] in folder.XL_PIPELINES
     has_vae = own_vae or (path / "vae" / "config.json").is_file()
-    vae = folder.vae_config(path / "vae", xl) if has_vae else VAEConfig(upcast=xl)
+    vae = folder.vae_config(path / "vae", xl) if has_vae else SDXL.vae if xl else VAEConfig()
     texts = {
         part: folder.text_config(path / part, xl, projects=part == "text_encoder_2")
         for part in (["text_encoder", "text_encoder_2"] if xl else ["text_encoder"])

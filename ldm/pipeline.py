@@ -237,6 +237,7 @@ class Pipeline:
         seen = self._masked(s, start, (width, height), noise) if inpaints else None
         denoise = self._denoiser(s, (width, height), spacing == "karras", seen)
         if s.refiner is not None:
+            self._check_refiner(s)
             refine = s.refiner._denoiser(s, (width, height), spacing == "karras")
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = (z, to_mask(s.mask, *noise.shape[1:]).to(self.device)) if blends and s.mask is not None else None
@@ -301,6 +302,23 @@ class Pipeline:
         if noise is not None:
             z = z + std.float() * noise()
         return self.vae.config.scaling_factor * z
+
+    def _check_refiner(self, s: Settings) -> None:
+        if not isinstance(s.refiner, Pipeline):
+            raise ValueError(
+                f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)"
+            )
+        theirs, ours = s.refiner.unet.config, self.unet.config
+        if s.refiner.vae.config.factor != self.vae.config.factor or theirs.in_channels != ours.out_channels:
+            raise ValueError(
+                f"refiner {s.refiner.name!r} takes {theirs.in_channels} channels, {s.refiner.vae.config.factor} pixels to"
+                f" a latent; this model makes {ours.out_channels} channels, {self.vae.config.factor} pixels to a latent"
+            )
+        if s.mask is not None and ours.in_channels > ours.out_channels:
+            raise ValueError(
+                "refiner with mask=: after an inpainting model, the refiner would redraw what the mask protects;"
+                " leave the refiner out, or use a model without the extra channels"
+            )
 
     def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, str | None]:
         """The whole schedule of the call, and the name of its spacing if it has one."""

@@ -453,3 +453,14 @@ def test_an_overflow_is_decoded_again_in_float32(base, tmp_path):
     assert pipe.vae.quant_conv.weight.dtype == torch.bfloat16
     pipe.vae.float()
     assert torch.equal(pixels, pipe.decode(z))
+
+
+def test_refiners_that_do_not_fit(base, tmp_path):
+    with pytest.raises(ValueError, match="refiner is a str: give a Pipeline"):
+        ours(base[0], prompt=CAT, refiner="refiner")
+    paints = saved(sd(SD1_INPAINT), tmp_path)
+    with pytest.raises(ValueError, match=r"refiner .* takes 9 channels, .* this model makes 4 channels"):
+        ours(base[0], prompt=CAT, refiner=paints)
+    image, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64))
+    with pytest.raises(ValueError, match="refiner with mask=: after an inpainting model"):
+        ours(paints, prompt=CAT, image=image, mask=mask, refiner=base[0])

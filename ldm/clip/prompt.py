@@ -5,6 +5,7 @@
 Brackets that never close reach to the end of the text; closing ones that nothing opened are text.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -15,20 +16,22 @@ from ldm.clip.text_encoder import TextEncoder, TextEncoding
 from ldm.clip.tokenizer import Tokenizer
 
 TOKEN = re.compile(r"\\[()\[\]\\]?|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:", re.DOTALL)
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 BACKTRACK = 20  # a chunk rather ends at a comma if one is among its last 20 tokens
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """The pieces of a prompt and their weights, neighbours of one weight joined. BREAK is the piece ("BREAK", -1)."""
+    """The pieces of a prompt and their weights, neighbours of one weight joined. BREAK is the piece ("BREAK", nan).
+
+    Raises ValueError for a weight beyond 10,000, which no precision can hold.
+    """
     pieces: list[list] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str, weight: float, start: int | None = None) -> None:
         start = opened[bracket].pop() if start is None else start
         for piece in pieces[start:]:
-            if piece[1] != -1:
-                piece[1] *= weight
+            piece[1] *= weight
 
     for match in TOKEN.finditer(prompt):
         text, weight = match.group(0), number(match.group(1))
@@ -43,15 +46,19 @@ def parse(prompt: str) -> list[tuple[str, float]]:
         elif text == "]" and opened["["]:
             close("[", 1 / 1.1)
         else:
-            for i, part in enumerate(BREAK.split(text)):
-                pieces += [["BREAK", -1]] if i else []
-                pieces.append([part, 1.0])
+            first, *others = BREAK.split(text)
+            pieces.append([first.rstrip() if others else first, 1.0])
+            for i, part in enumerate(others, start=1):
+                part = part.lstrip() if i == len(others) else part.strip()
+                pieces += [["BREAK", math.nan], [part, 1.0]]
     for bracket, weight in (("(", 1.1), ("[", 1 / 1.1)):
         for start in opened[bracket]:
             close(bracket, weight, start)
     joined: list[tuple[str, float]] = []
     for text, weight in pieces:
-        if joined and weight == joined[-1][1] != -1:
+        if abs(weight) > 1e4:
+            raise ValueError(f"prompt: {text!r} has the weight {weight:.3g}; give one from -10,000 to 10,000")
+        if joined and weight == joined[-1][1]:
             joined[-1] = joined[-1][0] + text, weight
         elif text:
             joined.append((text, weight))
@@ -90,7 +97,7 @@ def plan(prompt: str, tokenizer: Tokenizer, weighted: bool = True) -> PromptPlan
     comma = tokenizer.vocab.get(",</w>")
     chunks: list[tuple[list[int], list[float]]] = [([], [])]
     for text, weight in pieces:
-        if weight == -1:
+        if math.isnan(weight):
             chunks.append(([], []))
             continue
         for index in tokenizer.ids(text):
@@ -110,7 +117,8 @@ def encode(
     plans: list[PromptPlan], count: int, tokenizer: Tokenizer, encoder: TextEncoder, clip_skip: int, norm: bool
 ) -> TextEncoding:
     """context (B,77 count,width), chunk after chunk, and pooled (B,width) of the first; too short prompts get empty
-    chunks. norm: bring the mean of a weighted context back to what it was, as webui does (for a whole batch at once).
+    chunks. norm: bring the mean of a weighted context back to what it was, as webui does for a whole batch at once; here
+    for each picture by itself, which then does not depend on its batch.
     """
     device = encoder.text_model.embeddings.token_embedding.weight.device
     contexts, pooled = [], None

@@ -3,7 +3,7 @@
 On a CPU, threads that each take a part of the batch are nearly twice as fast here as threads that share every product.
 
 Every random number of step k is drawn from a generator seeded by (seed, k), so that the step number is the whole state
-of the data and the noise: a run that was stopped and resumed is the run that was not stopped.
+of the data and the noise: a run that was stopped and resumed, on as many threads, is the run that was not stopped.
 """
 
 import json

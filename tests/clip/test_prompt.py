@@ -1,5 +1,7 @@
 """webui's prompt syntax, piece by piece, and what the weights do to the context."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from ldm.clip import TextConfig, TextEncoder, Tokenizer
 from ldm.clip.prompt import encode, parse, plan
 
 A, B, N = 1.1, 1 / 1.1, 1.0  # round, square, none
-BREAK = ("BREAK", -1)
+BREAK = ("BREAK", math.nan)
 
 TABLE = {
     # without brackets
@@ -36,6 +38,7 @@ TABLE = {
     "(a:0.5)": [("a", 0.5)],
     "(a:0)": [("a", 0.0)],
     "(a:-1.5)": [("a", -1.5)],
+    "(a:-1) b": [("a", -1.0), (" b", N)],
     "(a:+2)": [("a", 2.0)],
     "(a:.7)": [("a", 0.7)],
     "(a:2.)": [("a", 2.0)],
@@ -112,7 +115,17 @@ TABLE = {
 def test_syntax(prompt):
     found, expected = parse(prompt), TABLE[prompt]
     assert [text for text, _ in found] == [text for text, _ in expected]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected], rel=1e-12)
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected], rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("prompt", ["(a:99999)", "(a:-20000)", "(" * 400 + "a"])
+def test_a_weight_that_no_precision_holds(prompt):
+    with pytest.raises(ValueError, match=r"'a' has the weight .* from -10,000 to 10,000"):
+        parse(prompt)
+
+
+def test_blanks_take_no_time():
+    assert parse(" " * 200_000 + "a") == [(" " * 200_000 + "a", 1.0)]  # minutes, if it were quadratic
 
 
 def test_the_table_is_long_enough():
