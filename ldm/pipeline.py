@@ -309,10 +309,11 @@ class Pipeline:
                 f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)"
             )
         theirs, ours = s.refiner.unet.config, self.unet.config
-        if s.refiner.vae.config.factor != self.vae.config.factor or theirs.in_channels != ours.out_channels:
+        factors = s.refiner.vae.config.factor, self.vae.config.factor
+        if factors[0] != factors[1] or theirs.in_channels != ours.out_channels:
             raise ValueError(
-                f"refiner {s.refiner.name!r} takes {theirs.in_channels} channels, {s.refiner.vae.config.factor} pixels to"
-                f" a latent; this model makes {ours.out_channels} channels, {self.vae.config.factor} pixels to a latent"
+                f"refiner {s.refiner.name!r} takes {theirs.in_channels} channels, {factors[0]} pixels to a latent;"
+                f" this model makes {ours.out_channels} channels, {factors[1]} pixels to a latent"
             )
         if s.mask is not None and ours.in_channels > ours.out_channels:
             raise ValueError(

@@ -117,7 +117,7 @@ def encode(
     plans: list[PromptPlan], count: int, tokenizer: Tokenizer, encoder: TextEncoder, clip_skip: int, norm: bool
 ) -> TextEncoding:
     """context (B,77 count,width), chunk after chunk, and pooled (B,width) of the first; too short prompts get empty
-    chunks. norm: bring the mean of a weighted context back to what it was, as webui does for a whole batch at once; here
+    chunks. norm: bring the mean of a weighted context back to what it was, as webui does for a whole batch at once, but
     for each picture by itself, which then does not depend on its batch.
     """
     device = encoder.text_model.embeddings.token_embedding.weight.device
