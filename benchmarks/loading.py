@@ -18,8 +18,9 @@ from statistics import median
 import torch
 from transformers import CLIPTokenizer
 
-from ldm.checkpoint import NETS, SD1
+from ldm.checkpoint import NETS
 from ldm.clip.tokenizer import Tokenizer
+from ldm.models import SD1
 from tests.synthetic import full_size, write
 
 ROUNDS = 3

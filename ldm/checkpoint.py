@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 import ldm.clip.keys
 import ldm.unet.keys
 import ldm.vae.keys
-from ldm import folder
+from ldm import folder, models
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
+from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
 from ldm.source import CheckpointError, Source
-from ldm.unet import VECTOR_NUMBERS, UNet, UNetConfig
+from ldm.unet import VECTOR_NUMBERS, UNet
 from ldm.vae import VAE, VAEConfig
 
 __all__ = ["CheckpointError", "Parts", "load"]
@@ -42,19 +43,6 @@ class Parts(NamedTuple):
     zero_negative: bool
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the weights do not say. zero_negative: no negative prompt means zeros, not the encoding of an empty text."""
-
-    unet: UNetConfig
-    vae: VAEConfig
-    text_encoder: TextConfig | None
-    scheduler: Mapping[str, Any]
-    size: int
-    text_encoder_2: TextConfig | None = None
-    zero_negative: bool = False
-
-
 NETS: dict[str, tuple[type[nn.Module], Callable[[Any, str], tuple[str, ...]]]] = {
     "unet": (UNet, ldm.unet.keys.spellings),
     "vae": (VAE, ldm.vae.keys.spellings),
@@ -62,108 +50,35 @@ NETS: dict[str, tuple[type[nn.Module], Callable[[Any, str], tuple[str, ...]]]] =
     "text_encoder_2": (TextEncoder, ldm.clip.keys.spellings),
 }
 
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
+# Flags by which fine-tuned models say how they were trained; and where that is not on Stable Diffusion's own schedule.
+FLAGS: dict[str, dict[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
-SD1 = Model(UNetConfig(), VAEConfig(), TextConfig(), SCHEDULER, size=512)
-SD2 = Model(
-    UNetConfig(heads=None, head_width=64, context_width=1024, linear_projection=True),
-    VAEConfig(),
-    # Of OpenCLIP's ViT-H without its 24th layer: the text is taken before it.
-    TextConfig(width=1024, layers=23, heads=16, activation="gelu"),
-    SCHEDULER,
-    size=512,
-)
-BIG_G = TextConfig(width=1280, layers=32, heads=20, activation="gelu", skip=1, final_norm=False, projection=1280)
-SDXL = Model(
-    UNetConfig(
-        channels=(320, 640, 1280),
-        depth=(0, 2, 10),
-        mid_depth=10,
-        heads=None,
-        head_width=64,
-        context_width=768 + 1280,
-        linear_projection=True,
-        vector_width=1280 + 6 * 256,
-    ),
-    VAEConfig(scaling_factor=0.13025, upcast=True),
-    TextConfig(skip=1, final_norm=False),
-    {**SCHEDULER, "timestep_spacing": "leading"},
-    size=1024,
-    text_encoder_2=BIG_G,
-    zero_negative=True,
-)
-REFINER = Model(
-    UNetConfig(
-        channels=(384, 768, 1536, 1536),
-        depth=(0, 4, 4, 0),
-        mid_depth=4,
-        heads=None,
-        head_width=64,
-        context_width=1280,
-        linear_projection=True,
-        vector_width=1280 + 5 * 256,
-    ),
-    SDXL.vae,
-    None,
-    SDXL.scheduler,
-    size=1024,
-    text_encoder_2=BIG_G,
-)
-
-
-def inpainting(model: Model) -> Model:
-    """The same with a UNet that is also shown the mask (1 channel) and the masked picture (4)."""
-    return replace(model, unet=replace(model.unet, in_channels=2 * model.vae.latent_channels + 1))
-
-
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-VECTOR = "model.diffusion_model.label_emb.0.0.weight"
-OPEN_CLIP = "conditioner.embedders.{}.model.ln_final.weight"
-
-# The official single files: name, telling tensors with their shapes (None is any extent), and the model, None for one
-# that is known but not loaded. The first row whose tensors are all there is it.
-OFFICIAL: tuple[tuple[str, Mapping[str, tuple[int | None, ...]], Model | None], ...] = (
-    ("SDXL base", {OPEN_CLIP.format(1): (1280,), CONV_IN: (320, 4, 3, 3)}, SDXL),
-    ("SDXL inpainting", {OPEN_CLIP.format(1): (1280,), CONV_IN: (320, 9, 3, 3)}, inpainting(SDXL)),
-    ("SDXL refiner", {OPEN_CLIP.format(0): (1280,), CONV_IN: (384, 4, 3, 3)}, REFINER),
-    ("SD 2.x unCLIP", {CONTEXT: (320, 1024), VECTOR: (None, None)}, None),
-    ("SD 2.x x4 upscaler", {CONV_IN: (None, 7, 3, 3)}, None),
-    ("SD 2.x depth", {CONTEXT: (320, 1024), CONV_IN: (320, 5, 3, 3)}, None),
-    ("SD 2.x inpainting", {CONTEXT: (320, 1024), CONV_IN: (320, 9, 3, 3)}, inpainting(SD2)),
-    ("SD 2.x", {CONTEXT: (320, 1024), CONV_IN: (320, 4, 3, 3)}, SD2),
-    ("SD 1.x InstructPix2Pix", {CONTEXT: (320, 768), CONV_IN: (320, 8, 3, 3)}, None),
-    ("SD 1.x inpainting", {CONTEXT: (320, 768), CONV_IN: (320, 9, 3, 3)}, inpainting(SD1)),
-    ("SD 1.x", {CONTEXT: (320, 768), CONV_IN: (320, 4, 3, 3)}, SD1),
-)
-
-# What else people give by mistake: a name that only such a file has, and what to do.
-NOT_MODELS = {
-    r".*lora_.*|.*\.lora\..*": "a LoRA, a change to a model: load the model that it was trained on",
-    r"control_model\..*|controlnet_.*": "a ControlNet, an addition to a model: load the model that it was trained on",
-    r"(first_stage_model\.)?decoder\.conv_in\.weight": "a VAE alone: load a model, with this file as vae=",
-    r"down_blocks\.0\.resnets\..*|(text_model\.)?embeddings\.token_embedding\.weight": (
-        "one part of a diffusers folder: give the folder that has model_index.json"
-    ),
-}
-
-# Flags by which fine-tuned models say how they were trained, where that is not on Stable Diffusion's own schedule.
-FLAGS = {"edm_.*": "trained on EDM's noise levels, with a scaling of its own"}
+UNFIT_FLAGS = {"edm_.*": "trained on EDM's noise levels, with a scaling of its own"}
 
 # Tensors of which some models have no use: the projection of the pooled text, the layer that SD 2 leaves out.
 UNUSED = re.compile(r"(.*\.)?text_projection(\.weight|\.T)?|cond_stage_model\.model\.transformer\.resblocks\.23\..*")
 
 # SD 2 with epsilon and with v have the same shapes. This bias is larger in those with v (so webui tells them apart).
 TELLS_V = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+GUESS = "a guess"
+
+# Where the text encoders of official files stand. Each has a place of its own, see Model.prefixes.
+TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass
+class Opened:
+    """A file or folder whose headers and configs were read; no weights yet."""
+
+    name: str  # of the kind of model: "SD 1.x"
+    model: Model
+    sources: dict[str, Source]  # by part
+    tokenizers: dict[str, Tokenizer | None]
+    prediction_from: str  # what says how the net predicts
 
 
 def load(
@@ -183,31 +98,34 @@ def load(
     Raises CheckpointError, a ValueError, for anything that is not exactly a model that this version knows.
     """
     path = existing(path)
-    if path.is_dir():
-        model, sources, tokenizers = open_folder(path, vae is None, dtype)
-    else:
-        model, sources, tokenizers = open_file(path, vae is None, prediction_type)
+    opened = open_model(path, vae is None, dtype, prediction_type)
+    model, sources = opened.model, opened.sources
+    if opened.prediction_from.startswith(GUESS):
+        warnings.warn(
+            f"{path} does not say whether it predicts epsilon or v. It is taken for"
+            f" {model.scheduler['prediction_type']}: {opened.prediction_from}. To be sure, give"
+            " prediction_type='epsilon' or 'v_prediction'",
+            stacklevel=3,
+        )
     if vae is not None:
         vae = existing(vae)
         if vae.is_dir():
             model = replace(model, vae=folder.vae_config(vae, model.vae.upcast))
-        sources["vae"] = folder.weights(vae, "diffusion_pytorch_model", dtype) if vae.is_dir() else Source(vae, [vae])
+        sources["vae"] = folder.weights(vae, dtype) if vae.is_dir() else Source(vae, [vae])
     check_widths(model, path)
-    plans = {
-        part: Plan(net, config, sources[part], names)
-        for part, (net, names) in NETS.items()
-        if (config := getattr(model, part)) is not None
-    }
+    plans = make_plans(model, sources)
     check(plans, path)
     dtypes = dict.fromkeys(NETS, dtype)
     if vae_dtype is not None or (dtype == torch.float16 and model.vae.upcast):
         dtypes["vae"] = vae_dtype or torch.float32
     nets: dict[str, Any] = dict.fromkeys(NETS)
     nets |= {part: plan.fill(dtypes[part], torch.device(device)) for part, plan in plans.items()}
-    scheduler = dict(model.scheduler)
-    if prediction_type is not None:
-        scheduler["prediction_type"] = prediction_type
-    return Parts(**(nets | tokenizers), scheduler=scheduler, size=model.size, zero_negative=model.zero_negative)
+    return Parts(
+        **(nets | opened.tokenizers),
+        scheduler=dict(model.scheduler),
+        size=model.size,
+        zero_negative=model.zero_negative,
+    )
 
 
 def existing(path: str | Path) -> Path:
@@ -219,34 +137,67 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-Opened = tuple[Model, dict[str, Source], dict[str, Tokenizer | None]]
+def open_model(
+    path: Path, own_vae: bool = True, dtype: torch.dtype | None = None, prediction_type: str | None = None
+) -> Opened:
+    """What the headers and the configs of an existing file or folder say. For the arguments see `load`."""
+    if path.is_dir():
+        opened = open_folder(path, own_vae, lambda part: folder.weights(path / part, dtype))
+    else:
+        source = Source(path, [path])
+        if "model_index.json" in source.metadata:
+            opened = open_folder(folder.Embedded(source.metadata, path), own_vae, lambda part: source)
+        else:
+            opened = open_official(source)
+        if not own_vae:
+            source.drop(ldm.vae.keys.PREFIX)
+    if prediction_type is not None:
+        opened.prediction_from = "you"
+        scheduler = {**opened.model.scheduler, "prediction_type": prediction_type}
+        opened.model = replace(opened.model, scheduler=scheduler)
+    # Of SD 2, the models with v are those of 768 pixels.
+    if opened.name == "SD 2.x" and opened.model.scheduler["prediction_type"] == "v_prediction":
+        opened.model = replace(opened.model, size=768)
+    return opened
 
 
-def open_file(path: Path, own_vae: bool, prediction_type: str | None) -> Opened:
-    source = Source(path, [path])
-    model = detect(source)
+def open_official(source: Source) -> Opened:
+    """A single file, of which the tensors alone say what it is."""
+    finding = identify(source.shapes)
+    if finding.model is None:
+        loaded = ", ".join(name for name, _, model in models.OFFICIAL if model is not None)
+        found = ", ".join(f"{name} {shape}" for name, shape in finding.why.items())
+        if finding.kind == "model":
+            raise CheckpointError(f"{source.where} is {finding.name} ({found}): this version loads {loaded} alone")
+        if finding.kind != "unknown":
+            raise CheckpointError(f"{source.where} is {finding.name} ({found}): {finding.advice}")
+        found = ", ".join(f"{name} is {source.shapes.get(name, 'missing')}" for name in (CONV_IN, CONTEXT))
+        raise CheckpointError(f"{source.where} is no known model: {found}. Known are {loaded}")
+    model, said = finding.model, f"every {finding.name}"
+    scheduler = dict(model.scheduler)
     # Fine-tuned models say by flags how they were trained.
-    says_v = source.shapes.pop("v_pred", None) is not None
-    zero_snr = source.shapes.pop("ztsnr", None) is not None
-    if prediction_type is None and (says_v or (model == SD2 and guess_v(source))):
-        prediction_type = "v_prediction"
-    if zero_snr:
-        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        model = replace(model, scheduler={**model.scheduler, **changes})
-    if prediction_type == "v_prediction":
-        size = 768 if model.unet == SD2.unet else model.size
-        model = replace(model, scheduler={**model.scheduler, "prediction_type": prediction_type}, size=size)
-    for pattern, trained in FLAGS.items():
-        if flags := [name for name in source.shapes if re.fullmatch(pattern, name)]:
+    flags = [name for name in FLAGS if source.shapes.pop(name, None) is not None]
+    for pattern, trained in UNFIT_FLAGS.items():
+        if unfit := [name for name in source.shapes if re.fullmatch(pattern, name)]:
             raise CheckpointError(
-                f"{path} has the flag {flags[0]}: it was {trained}. This version only runs Stable Diffusion's own"
-                " schedule, from which such a model makes other pictures: load a model without the flag"
+                f"{source.where} has the flag {unfit[0]}: it was {trained}. This version only runs Stable Diffusion's"
+                " own schedule, from which such a model makes other pictures: load a model without the flag"
             )
-    if not own_vae:
-        source.drop(ldm.vae.keys.PREFIX)
-    tokenizers = {"tokenizer": official_tokenizer(model.text_encoder)}
-    tokenizers["tokenizer_2"] = official_tokenizer(model.text_encoder_2)
-    return model, dict.fromkeys(NETS, source), tokenizers
+    for flag in flags:
+        scheduler |= FLAGS[flag]
+    if "v_pred" in flags:
+        said = "the flag v_pred"
+    elif finding.name == "SD 2.x" and TELLS_V in source.shapes:  # without it the file is damaged, and will be refused
+        spread = source[TELLS_V].float().std().item()
+        scheduler["prediction_type"] = "v_prediction" if spread > 0.09 else "epsilon"
+        said = f"{GUESS}, from a bias that spreads by {spread:.3f} (v: above 0.09)"
+    model = replace(model, scheduler=scheduler)
+    parts = [part for part in NETS if getattr(model, part) is not None]
+    tokenizers = {
+        "tokenizer": official_tokenizer(model.text_encoder),
+        "tokenizer_2": official_tokenizer(model.text_encoder_2),
+    }
+    return Opened(finding.name, model, dict.fromkeys(parts, source), tokenizers, said)
 
 
 def official_tokenizer(text: TextConfig | None) -> Tokenizer | None:
@@ -254,85 +205,62 @@ def official_tokenizer(text: TextConfig | None) -> Tokenizer | None:
     return None if text is None else Tokenizer.official(END if text.activation == "quick_gelu" else "!")
 
 
-def guess_v(source: Source) -> bool:
-    if TELLS_V not in source.shapes:
-        return False  # the file is damaged, and will be refused
-    spread = source[TELLS_V].float().std().item()
-    v = spread > 0.09
-    warnings.warn(
-        f"{source.where}: an SD 2 file does not say whether it predicts epsilon or v. It is taken for"
-        f" {'v_prediction' if v else 'epsilon'}: a guess, from a bias that spreads by {spread:.3f} (v: above 0.09)."
-        " To be sure, give prediction_type='epsilon' or 'v_prediction'",
-        stacklevel=5,
-    )
-    return v
-
-
-def open_folder(path: Path, own_vae: bool, dtype: torch.dtype | None) -> Opened:
-    index = folder.read_index(path)
+def open_folder(files: Path | folder.Embedded, own_vae: bool, weights: Callable[[str], Source]) -> Opened:
+    """A diffusers folder, or a single file with the JSON files of one in its metadata. weights: of a part, by name."""
+    index = folder.read_index(files)
     xl = index["_class_name"] in folder.XL_PIPELINES
-    has_vae = own_vae or (path / "vae" / "config.json").is_file()
-    vae = folder.vae_config(path / "vae", xl) if has_vae else SDXL.vae if xl else VAEConfig()
+    has_vae = own_vae or (files / "vae" / "config.json").is_file()
+    vae = folder.vae_config(files / "vae", xl) if has_vae else SDXL.vae if xl else VAEConfig()
     texts = {
-        part: folder.text_config(path / part, xl, projects=part == "text_encoder_2")
+        part: folder.text_config(files / part, xl, projects=part == "text_encoder_2")
         for part in (["text_encoder", "text_encoder_2"] if xl else ["text_encoder"])
         if index.get(part) != [None, None]
     }
     model = Model(
-        unet=folder.unet_config(path / "unet"),
+        unet=folder.unet_config(files / "unet"),
         vae=vae,
         text_encoder=texts.get("text_encoder"),
-        scheduler=folder.scheduler(path / "scheduler"),
-        size=folder.sample_size(path / "unet") * vae.factor,
+        scheduler=folder.scheduler(files / "scheduler"),
+        size=folder.sample_size(files / "unet") * vae.factor,
         text_encoder_2=texts.get("text_encoder_2"),
         zero_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    stems = {"unet": "diffusion_pytorch_model"} | dict.fromkeys(texts, "model")
-    if own_vae:
-        stems["vae"] = "diffusion_pytorch_model"
-    sources = {part: folder.weights(path / part, stem, dtype) for part, stem in stems.items()}
     tokenizers: dict[str, Tokenizer | None] = {"tokenizer": None, "tokenizer_2": None}
     for part, text in texts.items():
         name = part.replace("text_encoder", "tokenizer")
-        tokenizers[name] = folder.tokenizer(path / name, text)
-    return model, sources, tokenizers
+        tokenizers[name] = folder.tokenizer(files / name, text)
+    sources = {part: weights(part) for part in ["unet", *texts, *(["vae"] if own_vae else [])]}
+    return Opened(index["_class_name"], model, sources, tokenizers, "scheduler_config.json")
 
 
-def detect(source: Source) -> Model:
-    for name, tells, model in OFFICIAL:
-        if all(fits(source.shapes.get(tensor), shape) for tensor, shape in tells.items()):
-            if model is None:
-                loaded = ", ".join(name for name, _, model in OFFICIAL if model is not None)
-                raise CheckpointError(
-                    f"{source.where} is {name}: not supported yet by this version, which has {loaded}"
-                )
-            return model
-    has_unet = any(name.startswith(ldm.unet.keys.PREFIX) for name in source.shapes)
-    for pattern, what in NOT_MODELS.items():
-        if not has_unet and any(re.fullmatch(pattern, name) for name in source.shapes):
-            raise CheckpointError(f"{source.where} is {what}")
-    found = ", ".join(f"{name} is {source.shapes.get(name, 'missing')}" for name in (CONV_IN, CONTEXT))
-    known = ", ".join(name for name, _, _ in OFFICIAL)
-    raise CheckpointError(f"{source.where} is no known model: {found}. Known are {known}")
-
-
-def fits(shape: tuple[int, ...] | None, telling: tuple[int | None, ...]) -> bool:
-    if shape is None or len(shape) != len(telling):
-        return False
-    return all(told in (None, extent) for extent, told in zip(shape, telling, strict=True))
+def make_plans(model: Model, sources: Mapping[str, Source]) -> dict[str, "Plan"]:
+    return {
+        part: Plan(net, config, sources[part], names, model.prefixes[part])
+        for part, (net, names) in NETS.items()
+        if (config := getattr(model, part)) is not None
+    }
 
 
 class Plan:
     """A net, still without values, and the tensor that each of its parameters will be."""
 
     def __init__(
-        self, net: type[nn.Module], config: Any, source: Source, spellings: Callable[[Any, str], tuple[str, ...]]
+        self,
+        net: type[nn.Module],
+        config: Any,
+        source: Source,
+        spellings: Callable[[Any, str], tuple[str, ...]],
+        prefix: str,
     ):
         with NoValues(), torch.device("meta"):
             self.net = net(config)
         self.source = source
         self.shapes = {name: tuple(p.shape) for name, p in self.net.state_dict().items()}
-        layouts = zip(*(spellings(config, name) for name in self.shapes), strict=True)
+        layouts = [
+            layout
+            for layout in zip(*(spellings(config, name) for name in self.shapes), strict=True)
+            if layout[0].startswith(prefix) or not layout[0].startswith(TEXT_PREFIXES)
+        ]
         layout = max(layouts, key=lambda theirs: sum(name in source.shapes for name in theirs))
         self.theirs = dict(zip(self.shapes, layout, strict=True))
 

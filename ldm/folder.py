@@ -6,7 +6,7 @@ A field that asks for something that our nets do not do is an error: nothing of 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,10 +98,41 @@ TEXT_READ = {
 KINDS = {bool: "true or false", str: "text", int: "whole numbers above 0", float: "numbers above 0"}
 
 
-def read_index(path: Path) -> dict[str, Any]:
+class Embedded(NamedTuple):
+    """The text files of a folder in a single file's metadata, with as much of a Path as is needed."""
+
+    files: Mapping[str, str]
+    where: Path
+    inner: str = ""
+
+    def __truediv__(self, name: str) -> "Embedded":
+        return self._replace(inner=f"{self.inner}/{name}".lstrip("/"))
+
+    def __str__(self) -> str:
+        return f"{self.inner} in the metadata of {self.where}"
+
+    @property
+    def name(self) -> str:
+        return self.inner.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Path:
+        return self.where
+
+    def is_file(self) -> bool:
+        return self.inner in self.files
+
+    def read_text(self, encoding: str) -> str:
+        return self.files[self.inner]
+
+
+Folder = Path | Embedded
+
+
+def read_index(path: Folder) -> dict[str, Any]:
     where = path / "model_index.json"
     if not where.is_file():
-        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
+        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) if isinstance(path, Path) else ""
         hint = f"; it has {files}: a single file is given by its own path" if files else ""
         raise CheckpointError(f"{path} is not a diffusers folder: it has no model_index.json{hint}")
     index = {"_class_name": None} | read_json(where)
@@ -109,7 +140,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def unet_config(part: Path) -> UNetConfig:
+def unet_config(part: Folder) -> UNetConfig:
     where = part / "config.json"
     c = UNET_PER_LEVEL | read_config(where, UNET_READ, UNET_FIXED, UNET_FREE)
     channels, down = c["block_out_channels"], c["down_block_types"]
@@ -148,7 +179,7 @@ def unet_config(part: Path) -> UNetConfig:
     )
 
 
-def per_level(where: Path, config: Mapping, field: str, levels: int) -> list[int]:
+def per_level(where: Folder, config: Mapping, field: str, levels: int) -> list[int]:
     value = config[field]
     values = value if isinstance(value, list) else [value] * levels
     good = len(values) == levels and like(values, [1])
@@ -156,13 +187,13 @@ def per_level(where: Path, config: Mapping, field: str, levels: int) -> list[int
     return values
 
 
-def check_groups(where: Path, config: Mapping) -> None:
+def check_groups(where: Folder, config: Mapping) -> None:
     channels = config["block_out_channels"]
     whole = all(width % config["norm_num_groups"] == 0 for width in channels)
     accept(where, config, "norm_num_groups", whole, f"a number that divides block_out_channels, {channels}")
 
 
-def sample_size(part: Path) -> int:
+def sample_size(part: Folder) -> int:
     """The native side in latents; 64, as SD 1's, where the config leaves it open."""
     where = part / "config.json"
     c = {"sample_size": None} | read_json(where)
@@ -170,7 +201,7 @@ def sample_size(part: Path) -> int:
     return c["sample_size"] or 64
 
 
-def vae_config(part: Path, xl: bool = False) -> VAEConfig:
+def vae_config(part: Folder, xl: bool = False) -> VAEConfig:
     """xl: whether it stands in a folder of SDXL, where a missing force_upcast means yes, as in diffusers."""
     where = part / "config.json"
     c = read_config(where, VAE_READ, VAE_FIXED, VAE_FREE)
@@ -188,7 +219,7 @@ def vae_config(part: Path, xl: bool = False) -> VAEConfig:
     )
 
 
-def text_config(part: Path, xl: bool = False, projects: bool = False) -> TextConfig:
+def text_config(part: Folder, xl: bool = False, projects: bool = False) -> TextConfig:
     """xl: SDXL takes the layer before the last, without LayerNorm. projects: the pooled token is projected."""
     where = part / "config.json"
     read: dict[str, Any] = {**TEXT_READ, **({"projection_dim": 512} if projects else {})}
@@ -214,7 +245,7 @@ def text_config(part: Path, xl: bool = False, projects: bool = False) -> TextCon
     )
 
 
-def scheduler(part: Path) -> dict[str, Any]:
+def scheduler(part: Folder) -> dict[str, Any]:
     where = part / "scheduler_config.json"
     c = {"prediction_type": "epsilon"} | read_json(where)
     accept(where, c, "prediction_type", c["prediction_type"] in PREDICTION_TYPES, " or ".join(PREDICTION_TYPES))
@@ -225,7 +256,7 @@ def scheduler(part: Path) -> dict[str, Any]:
     return c
 
 
-def tokenizer(part: Path, text: TextConfig) -> Tokenizer:
+def tokenizer(part: Folder, text: TextConfig) -> Tokenizer:
     """Reads vocab.json and merges.txt, or tokenizer.json alone, as transformers 5 writes."""
     settings: dict[str, Any] = {"model_max_length": text.length, "pad_token": END}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second overrides the first
@@ -255,14 +286,15 @@ def tokenizer(part: Path, text: TextConfig) -> Tokenizer:
     return made
 
 
-def from_tokenizer_json(path: Path, length: int, pad: str) -> Tokenizer:
+def from_tokenizer_json(path: Folder, length: int, pad: str) -> Tokenizer:
     model = read_json(path)["model"]
     pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
     return Tokenizer(model["vocab"], pairs, length, pad)
 
 
-def weights(part: Path, stem: str, dtype: torch.dtype | None) -> Source:
+def weights(part: Path, dtype: torch.dtype | None) -> Source:
     """The weights of a part. Of a full and a half precision variant the half one is taken for float16 alone."""
+    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
     full = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
     half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
     names = half + full if dtype == torch.float16 else full + half
@@ -285,7 +317,7 @@ def shards_of(index: Path) -> list[str]:
     return sorted(set(files))
 
 
-def read_config(where: Path, read: Mapping, fixed: Mapping, free: tuple[str, ...]) -> dict[str, Any]:
+def read_config(where: Folder, read: Mapping, fixed: Mapping, free: tuple[str, ...]) -> dict[str, Any]:
     c = read_json(where)
     for field, value in c.items():
         if field in fixed:
@@ -298,7 +330,7 @@ def read_config(where: Path, read: Mapping, fixed: Mapping, free: tuple[str, ...
     return c
 
 
-def check_kinds(where: Path, config: Mapping, read: Mapping) -> None:
+def check_kinds(where: Folder, config: Mapping, read: Mapping) -> None:
     for field, default in read.items():
         kind = f"a list of {KINDS[type(default[0])]}" if isinstance(default, list) else KINDS[type(default)]
         accept(where, config, field, like(config[field], default), kind)
@@ -313,12 +345,12 @@ def like(value: Any, default: Any) -> bool:
     return type(value) in (int, type(default)) and value > 0
 
 
-def accept(where: Path, config: Mapping, field: str, good: bool, accepted: Any) -> None:
+def accept(where: Folder, config: Mapping, field: str, good: bool, accepted: Any) -> None:
     if not good:
         raise CheckpointError(f"{where}: {field} is {config[field]!r}, but this version only does {accepted}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Folder) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {path.name}, and cannot be loaded without")
     try:

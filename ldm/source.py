@@ -32,9 +32,11 @@ class Source:
         self.where = where
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         self._stored: dict[str, tuple[safe_open, str]] = {}  # the file and the name of the tensor to look in
         for path in files:
             file = open_safetensors(path)
+            self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
                 if not IGNORED.fullmatch(name):
                     stored = file.get_slice(name)

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 import ldm.clip.keys
 import ldm.unet.keys
 import ldm.vae.keys
-from ldm.checkpoint import CONTEXT, CONV_IN, SD1, Model
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import byte_alphabet
+from ldm.models import CONTEXT, CONV_IN, SD1, Model
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import VAE, VAEConfig
 

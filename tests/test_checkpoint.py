@@ -26,9 +26,10 @@ from synthetic import (
     write,
 )
 
-from ldm import checkpoint
-from ldm.checkpoint import CONV_IN, OFFICIAL, CheckpointError, Plan, check, load
+from ldm import checkpoint, models
+from ldm.checkpoint import CheckpointError, Plan, check, load
 from ldm.clip.tokenizer import Tokenizer
+from ldm.models import CONV_IN, OFFICIAL
 from ldm.source import Source
 from ldm.vae import VAE
 
@@ -37,7 +38,7 @@ PARTS = ("unet", "vae", "text_encoder")
 
 @pytest.fixture(autouse=True)
 def tiny_row(monkeypatch):
-    monkeypatch.setattr(checkpoint, "OFFICIAL", (*OFFICIAL, TINY_ROW))
+    monkeypatch.setattr(models, "OFFICIAL", (*OFFICIAL, TINY_ROW))
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +363,9 @@ def test_every_single_tensor_is_needed(file):
     """Nothing is left at a random value: without any one tensor there is an error that names it."""
     source = Source(file, [file])
     nets = {part: checkpoint.NETS[part] for part in ("unet", "vae", "text_encoder")}
-    plans = {part: Plan(net, getattr(TINY, part), source, keys) for part, (net, keys) in nets.items()}
+    plans = {
+        part: Plan(net, getattr(TINY, part), source, keys, TINY.prefixes[part]) for part, (net, keys) in nets.items()
+    }
     check(plans, file)
     assert len(source.shapes) == sum(len(plan.shapes) for plan in plans.values())
     for part, plan in plans.items():
@@ -434,9 +437,9 @@ def test_pickle_is_refused_and_the_way_to_convert_it_works(suffix, nets, tmp_pat
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "is a LoRA"),
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "is a LoRA"),
         ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
-        ("decoder.conv_in.weight", "is a VAE alone: load a model, with this file as vae="),
-        ("down_blocks.0.resnets.0.conv1.weight", "is one part of a diffusers folder"),
-        ("text_model.embeddings.token_embedding.weight", "is one part of a diffusers folder"),
+        ("decoder.conv_in.weight", "is a VAE alone .*: load a model, with this file as vae="),
+        ("down_blocks.0.resnets.0.conv1.weight", "is a UNet alone .*: give the folder that has model_index.json"),
+        ("text_model.embeddings.token_embedding.weight", "is a text encoder alone .*: give the folder that has"),
         ("something.else", "is no known model: .*input_blocks.0.0.weight is missing.* Known are SDXL base, .*SD 1.x"),
     ],
 )
@@ -447,8 +450,8 @@ def test_file_that_is_not_a_model(name, message, tmp_path):
 @pytest.mark.parametrize("row", [row for row in OFFICIAL if row[2] is None], ids=lambda row: row[0])
 def test_other_official_models_are_known_by_name(row, tmp_path):
     name, tells, _ = row
-    tensors = {tensor: torch.zeros([extent or 1 for extent in shape]) for tensor, shape in tells.items()}
-    message = rf"is {re.escape(name)}: not supported yet by this version, which has SDXL base, .*SD 1.x"
+    tensors = {tensor: torch.zeros([extent or 1 for extent in shape]) for tensor, shape in tells.items() if shape}
+    message = rf"is {re.escape(name)} \(model\..*\): this version loads SDXL base, .*SD 1.x alone"
     assert_refused(message, write(tmp_path / "model.safetensors", tensors))
 
 
@@ -637,7 +640,7 @@ def test_loading_imports_no_hub_client_and_no_compiler(saved):
 MEASURE = """
 import sys, time
 from pathlib import Path
-from ldm import checkpoint
+from ldm import checkpoint, models
 
 def peak():  # of this process since it began, in bytes
     status = Path("/proc/self/status").read_text()

@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 import ldm
-from ldm import checkpoint
-from ldm.checkpoint import SD1, Model
+from ldm import models
 from ldm.clip import TextEncoder
 from ldm.clip.tokenizer import OFFICIAL, Tokenizer
+from ldm.models import SD1, Model
 from ldm.unet import UNet
 from ldm.vae import VAE
 
@@ -107,7 +107,7 @@ TINY_NETS = replace(TINY, text_encoder=replace(TINY.text_encoder, vocab_size=494
 
 @pytest.fixture
 def tiny_row(monkeypatch):
-    monkeypatch.setattr(checkpoint, "OFFICIAL", (*checkpoint.OFFICIAL, (*TINY_ROW[:2], TINY_NETS)))
+    monkeypatch.setattr(models, "OFFICIAL", (*models.OFFICIAL, (*TINY_ROW[:2], TINY_NETS)))
 
 
 def reference_pipeline(model: Model) -> StableDiffusionPipeline:

@@ -23,9 +23,10 @@ from synthetic import vocabulary
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ldm
-from ldm import checkpoint
-from ldm.checkpoint import SCHEDULER, SDXL, Model, inpainting, load
+from ldm import checkpoint, models
+from ldm.checkpoint import load
 from ldm.clip import TextConfig
+from ldm.models import SCHEDULER, SDXL, Model, inpainting
 from ldm.source import IGNORED
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
@@ -115,13 +116,13 @@ UNUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*an SD 2 file does not say")
+@pytest.mark.filterwarnings("ignore:.*does not say whether it predicts")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_tables_are_a_bijection(layout, tmp_path, monkeypatch):
     shapes = json.loads((KEYS / f"{layout}.json").read_text())
     file = sparse(tmp_path / "model.safetensors", shapes)
     name, count = LAYOUTS[layout]
-    model = next(model for row, _, model in checkpoint.OFFICIAL if row == name)
+    model = next(model for row, _, model in models.OFFICIAL if row == name)
     plans = {}
     monkeypatch.setattr(
         checkpoint, "check", lambda found, path, check=checkpoint.check: plans.update(found) or check(found, path)
@@ -169,7 +170,7 @@ def test_single_file(kind, tmp_path, monkeypatch, base, refiner, sd2_v):
     width = model.unet.context_width
     to_k = next(name for name in tensors if name.endswith("attn2.to_k.weight"))
     row = ("tiny", {"model.diffusion_model.input_blocks.0.0.weight": shape, to_k: (None, width)}, model)
-    monkeypatch.setattr(checkpoint, "OFFICIAL", (row,))
+    monkeypatch.setattr(models, "OFFICIAL", (row,))
     save_file({name: p.contiguous() for name, p in tensors.items()}, tmp_path / "tiny.safetensors")
     parts = load(tmp_path / "tiny.safetensors")
     for part in checkpoint.NETS:
@@ -190,9 +191,8 @@ def test_the_prediction_of_sd2_is_a_guess_and_said_to_be_one(spread, guess, tmp_
     # The tiny net has no such tensor: any other takes its place.
     name = next(n for n, p in tensors.items() if n.startswith("model.diffusion_model.output") and p.shape == (32,))
     monkeypatch.setattr(checkpoint, "TELLS_V", name)
-    monkeypatch.setattr(checkpoint, "SD2", SD2)
-    row = ("tiny", {"model.diffusion_model.input_blocks.0.0.weight": (16, 4, 3, 3)}, SD2)
-    monkeypatch.setattr(checkpoint, "OFFICIAL", (row,))
+    row = ("SD 2.x", {"model.diffusion_model.input_blocks.0.0.weight": (16, 4, 3, 3)}, SD2)
+    monkeypatch.setattr(models, "OFFICIAL", (row,))
     file = tmp_path / "tiny.safetensors"
     save_file({n: p.contiguous() for n, p in (tensors | {name: bias}).items()}, file)
     with pytest.warns(UserWarning, match=rf"taken for {guess}: a guess, .* spreads by {spread:.3f}"):

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tokenizers import Regex
@@ -35,6 +36,12 @@ def byte_alphabet() -> list[str]:
 
 def pairs(lines: Iterable[str]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in map(str.split, lines)]
+
+
+class Readable(Protocol):
+    """A pathlib.Path, or another thing with a text in it."""
+
+    def read_text(self, encoding: str) -> str: ...
 
 
 class Tokenizer:
@@ -66,11 +73,11 @@ class Tokenizer:
         return cls({token: i for i, token in enumerate(tokens)}, merges, pad_token=pad_token)
 
     @classmethod
-    def from_files(cls, vocab: Path, merges: Path, length: int = 77, pad_token: str = END) -> "Tokenizer":
+    def from_files(cls, vocab: Readable, merges: Readable, length: int = 77, pad_token: str = END) -> "Tokenizer":
         """A diffusers folder's tokenizer/vocab.json and tokenizer/merges.txt."""
-        lines = Path(merges).read_text(encoding="utf-8").split("\n")
+        lines = merges.read_text(encoding="utf-8").split("\n")
         merge_list = pairs(line for line in lines if line and not line.startswith("#version"))
-        return cls(json.loads(Path(vocab).read_text(encoding="utf-8")), merge_list, length, pad_token)
+        return cls(json.loads(vocab.read_text(encoding="utf-8")), merge_list, length, pad_token)
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without begin, end and padding."""
