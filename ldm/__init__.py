@@ -1,7 +1,8 @@
 """Stable Diffusion from scratch: `ldm.Pipeline.from_pretrained()("a red heart").images[0]`."""
 
+from ldm.inspection import inspect
 from ldm.pipeline import Output, Pipeline
 from ldm.samplers import SAMPLERS
 from ldm.settings import Settings
 
-__all__ = ["SAMPLERS", "Output", "Pipeline", "Settings"]
+__all__ = ["SAMPLERS", "Output", "Pipeline", "Settings", "inspect"]

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ldm.convert import convert
 from ldm.image import save_png
+from ldm.inspection import inspect
 from ldm.parameters import parameters
 from ldm.pipeline import Pipeline
-from ldm.samplers import SAMPLERS, SPACINGS
+from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
 from ldm.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,11 +88,41 @@ def generate(a: argparse.Namespace) -> None:
         print(save(image, a.output, parameters(settings, i, image.size, pipe.name, extra)))
 
 
+def inspect_(a: argparse.Namespace) -> None:
+    """Say what a file or folder is, without loading it: a model, a VAE, a LoRA, an embedding, ..."""
+    for i, path in enumerate(a.paths):
+        print("\n" * (i > 0) + str(inspect(path)))
+
+
+def convert_(a: argparse.Namespace) -> None:
+    """Write a model as a single file (a name that ends in .safetensors) or as a diffusers folder (any other name), or
+    a pickle's tensors as a safetensors file."""
+    convert(a.source, a.target, None if a.dtype is None else DTYPES[a.dtype], a.prediction_type)
+    print(a.target)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="ldm", description=__doc__, epilog="`ldm generate --help` lists its arguments")
+    top = argparse.ArgumentParser(prog="ldm", description=__doc__, epilog="`ldm VERB --help` lists a verb's arguments")
     verbs = top.add_subparsers(dest="verb", required=True)
-    p = verbs.add_parser("generate", description=generate.__doc__, help=generate.__doc__)
-    p.set_defaults(function=generate)
+    for function, arguments in VERBS.items():
+        p = verbs.add_parser(function.__name__.rstrip("_"), description=function.__doc__, help=function.__doc__)
+        p.set_defaults(function=function)
+        arguments(p)
+    return top
+
+
+def inspect_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("paths", type=Path, nargs="+", metavar="path", help="a safetensors file or a diffusers folder")
+
+
+def convert_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", type=Path, help="a single file, a diffusers folder, or a pickle (.ckpt, .pt, .bin)")
+    p.add_argument("target", type=Path, help="what to write; it must not exist yet")
+    p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="where the model does not say")
+
+
+def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompt", help="what to draw")
     p.add_argument(
         "-o", "--output", type=Path, default=Path("out.png"), help="PNG file; a number is added if it exists"
@@ -125,14 +157,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--negative-aesthetic-score", type=float, default=2.5, metavar="S", help="default 2.5")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the nets (default float32)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="where the model does not say")
+    p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="where the model does not say")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
-    return top
+
+
+VERBS = {generate: generate_arguments, inspect_: inspect_arguments, convert_: convert_arguments}
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if argv and argv[0] not in ("generate", "-h", "--help"):
+    if argv[0] not in {function.__name__.rstrip("_") for function in VERBS} | {"-h", "--help"}:
         argv = ["generate", *argv]
     a = parser().parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import ldm.clip.keys
@@ -77,7 +77,7 @@ class Opened:
     name: str  # of the kind of model: "SD 1.x"
     model: Model
     sources: dict[str, Source]  # by part
-    tokenizers: dict[str, Tokenizer | None]
+    tokenizers: Callable[[], dict[str, Tokenizer | None]]
     prediction_from: str  # what says how the net predicts
 
 
@@ -99,14 +99,8 @@ def load(
     """
     path = existing(path)
     opened = open_model(path, vae is None, dtype, prediction_type)
-    model, sources = opened.model, opened.sources
-    if opened.prediction_from.startswith(GUESS):
-        warnings.warn(
-            f"{path} does not say whether it predicts epsilon or v. It is taken for"
-            f" {model.scheduler['prediction_type']}: {opened.prediction_from}. To be sure, give"
-            " prediction_type='epsilon' or 'v_prediction'",
-            stacklevel=3,
-        )
+    model, sources, tokenizers = opened.model, opened.sources, opened.tokenizers()
+    warn_of_guess(opened, path)
     if vae is not None:
         vae = existing(vae)
         if vae.is_dir():
@@ -121,11 +115,21 @@ def load(
     nets: dict[str, Any] = dict.fromkeys(NETS)
     nets |= {part: plan.fill(dtypes[part], torch.device(device)) for part, plan in plans.items()}
     return Parts(
-        **(nets | opened.tokenizers),
+        **(nets | tokenizers),
         scheduler=dict(model.scheduler),
         size=model.size,
         zero_negative=model.zero_negative,
     )
+
+
+def warn_of_guess(opened: Opened, path: Path) -> None:
+    if opened.prediction_from.startswith(GUESS):
+        warnings.warn(
+            f"{path} does not say whether it predicts epsilon or v. It is taken for"
+            f" {opened.model.scheduler['prediction_type']}: {opened.prediction_from}. To be sure, give"
+            " prediction_type='epsilon' or 'v_prediction'",
+            stacklevel=4,
+        )
 
 
 def existing(path: str | Path) -> Path:
@@ -148,20 +152,17 @@ def open_model(
         if "model_index.json" in source.metadata:
             opened = open_folder(folder.Embedded(source.metadata, path), own_vae, lambda part: source)
         else:
-            opened = open_official(source)
+            opened = open_official(source, prediction_type)
         if not own_vae:
             source.drop(ldm.vae.keys.PREFIX)
     if prediction_type is not None:
-        opened.prediction_from = "you"
+        opened.prediction_from = "as it was asked to"
         scheduler = {**opened.model.scheduler, "prediction_type": prediction_type}
         opened.model = replace(opened.model, scheduler=scheduler)
-    # Of SD 2, the models with v are those of 768 pixels.
-    if opened.name == "SD 2.x" and opened.model.scheduler["prediction_type"] == "v_prediction":
-        opened.model = replace(opened.model, size=768)
     return opened
 
 
-def open_official(source: Source) -> Opened:
+def open_official(source: Source, prediction_type: str | None) -> Opened:
     """A single file, of which the tensors alone say what it is."""
     finding = identify(source.shapes)
     if finding.model is None:
@@ -173,7 +174,7 @@ def open_official(source: Source) -> Opened:
             raise CheckpointError(f"{source.where} is {finding.name} ({found}): {finding.advice}")
         found = ", ".join(f"{name} is {source.shapes.get(name, 'missing')}" for name in (CONV_IN, CONTEXT))
         raise CheckpointError(f"{source.where} is no known model: {found}. Known are {loaded}")
-    model, said = finding.model, f"every {finding.name}"
+    model, said = finding.model, f"as every {finding.name} does"
     scheduler = dict(model.scheduler)
     # Fine-tuned models say by flags how they were trained.
     flags = [name for name in FLAGS if source.shapes.pop(name, None) is not None]
@@ -185,18 +186,23 @@ def open_official(source: Source) -> Opened:
             )
     for flag in flags:
         scheduler |= FLAGS[flag]
-    if "v_pred" in flags:
-        said = "the flag v_pred"
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    elif "v_pred" in flags:
+        said = "the tensor v_pred says so"
     elif finding.name == "SD 2.x" and TELLS_V in source.shapes:  # without it the file is damaged, and will be refused
         spread = source[TELLS_V].float().std().item()
         scheduler["prediction_type"] = "v_prediction" if spread > 0.09 else "epsilon"
         said = f"{GUESS}, from a bias that spreads by {spread:.3f} (v: above 0.09)"
-    model = replace(model, scheduler=scheduler)
+    # Of SD 2, the models with v are those of 768 pixels.
+    size = 768 if finding.name == "SD 2.x" and scheduler["prediction_type"] == "v_prediction" else model.size
+    model = replace(model, scheduler=scheduler, size=size)
     parts = [part for part in NETS if getattr(model, part) is not None]
-    tokenizers = {
-        "tokenizer": official_tokenizer(model.text_encoder),
-        "tokenizer_2": official_tokenizer(model.text_encoder_2),
-    }
+
+    def tokenizers() -> dict[str, Tokenizer | None]:
+        first, second = official_tokenizer(model.text_encoder), official_tokenizer(model.text_encoder_2)
+        return {"tokenizer": first, "tokenizer_2": second}
+
     return Opened(finding.name, model, dict.fromkeys(parts, source), tokenizers, said)
 
 
@@ -225,12 +231,15 @@ def open_folder(files: Path | folder.Embedded, own_vae: bool, weights: Callable[
         text_encoder_2=texts.get("text_encoder_2"),
         zero_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    tokenizers: dict[str, Tokenizer | None] = {"tokenizer": None, "tokenizer_2": None}
-    for part, text in texts.items():
-        name = part.replace("text_encoder", "tokenizer")
-        tokenizers[name] = folder.tokenizer(files / name, text)
+
+    def tokenizers() -> dict[str, Tokenizer | None]:
+        names = {part: part.replace("text_encoder", "tokenizer") for part in texts}
+        made = {name: folder.tokenizer(files / name, texts[part]) for part, name in names.items()}
+        return {"tokenizer": None, "tokenizer_2": None, **made}
+
     sources = {part: weights(part) for part in ["unet", *texts, *(["vae"] if own_vae else [])]}
-    return Opened(index["_class_name"], model, sources, tokenizers, "scheduler_config.json")
+    name = next((name for name, _, row in models.OFFICIAL if row and row.unet == model.unet), index["_class_name"])
+    return Opened(name, model, sources, tokenizers, "scheduler_config.json says so")
 
 
 def make_plans(model: Model, sources: Mapping[str, Source]) -> dict[str, "Plan"]:
@@ -256,20 +265,33 @@ class Plan:
             self.net = net(config)
         self.source = source
         self.shapes = {name: tuple(p.shape) for name, p in self.net.state_dict().items()}
-        layouts = [
-            layout
-            for layout in zip(*(spellings(config, name) for name in self.shapes), strict=True)
-            if layout[0].startswith(prefix) or not layout[0].startswith(TEXT_PREFIXES)
-        ]
-        layout = max(layouts, key=lambda theirs: sum(name in source.shapes for name in theirs))
-        self.theirs = dict(zip(self.shapes, layout, strict=True))
+        layouts = list(zip(*(spellings(config, name) for name in self.shapes), strict=True))
+        self.official = next(layout for layout in layouts if layout[0].startswith(prefix))
+        found = max(
+            (layout for layout in layouts if layout[0].startswith(prefix) or not layout[0].startswith(TEXT_PREFIXES)),
+            key=lambda layout: sum(name in source.shapes for name in layout),
+        )
+        self.theirs = dict(zip(self.shapes, found, strict=True))
+        self.found = sum(name in source.shapes for name in found)  # tensors that are there
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By our names, in our shapes, with the bits and the dtypes of the file."""
+        return {ours: self.source[theirs].reshape(self.shapes[ours]) for ours, theirs in self.theirs.items()}
 
     def fill(self, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-        """The net with its values. Without a dtype it keeps that of its tensors, or of the widest if they differ."""
-        tensors = {ours: self.source[theirs] for ours, theirs in self.theirs.items()}
+        """The net with its values. Without a dtype it keeps that of its tensors, or of the widest if they differ.
+
+        Raises CheckpointError for a value that is no number, or none in that dtype.
+        """
+        tensors = self.tensors()
         dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
         for ours, tensor in tensors.items():
-            tensors[ours] = tensor.to(device, dtype).reshape(self.shapes[ours])
+            if not max(map(abs, tensor.aminmax())) <= torch.finfo(dtype).max:  # nor is it for NaN
+                raise CheckpointError(
+                    f"{self.source.where}: {self.theirs[ours]} has values that are NaN, infinite, or too large for"
+                    f" {dtype}: download or copy the file again, or load it with dtype=torch.float32"
+                )
+            tensors[ours] = tensor.to(device, dtype)
         self.net.load_state_dict(tensors, assign=True)
         return self.net.eval().requires_grad_(False)
 
@@ -303,9 +325,19 @@ def check_widths(model: Model, path: Path) -> None:
 
 def check(plans: Mapping[str, Plan], path: Path) -> None:
     """Raises CheckpointError, with all that is wrong, unless each parameter has its tensor and each tensor its use."""
+    if problems := find_problems(plans):
+        raise CheckpointError(f"{path} does not fit:" + "".join(listing(k, v) for k, v in problems.items()))
+
+
+def find_problems(plans: Mapping[str, Plan]) -> dict[str, list[str]]:
+    """What is wrong, by the kind of it."""
     missing, misshapen, unfit, unknown = [], [], [], []
     for part, plan in plans.items():
         source = plan.source
+        if not plan.found:
+            hint = ": give one with vae=" if part == "vae" else ""
+            missing.append(f"there is no {part} at all in {source.where}{hint}")
+            continue
         for ours, theirs in plan.theirs.items():
             shape, found = plan.shapes[ours], source.shapes.get(theirs)
             if found is None:
@@ -314,9 +346,6 @@ def check(plans: Mapping[str, Plan], path: Path) -> None:
                 misshapen.append(f"{part} {ours} {shape}: {theirs} is {found}")
             elif source.dtypes[theirs] not in FLOATS:
                 unfit.append(f"{theirs} is {source.dtypes[theirs]}")
-        if not any(theirs in source.shapes for theirs in plan.theirs.values()):
-            hint = ": give one with vae=" if part == "vae" else ""
-            missing.insert(0, f"there is no {part} at all in {source.where}{hint}")
     for source in {plan.source for plan in plans.values()}:
         asked = {theirs for plan in plans.values() if plan.source is source for theirs in plan.theirs.values()}
         left = [name for name in source.shapes if name not in asked and not UNUSED.fullmatch(name)]
@@ -327,8 +356,7 @@ def check(plans: Mapping[str, Plan], path: Path) -> None:
         f"of a type other than {', '.join(FLOATS)}": unfit,
         "unknown": unknown,
     }
-    if any(problems.values()):
-        raise CheckpointError(f"{path} does not fit:" + "".join(listing(k, v) for k, v in problems.items() if v))
+    return {kind: lines for kind, lines in problems.items() if lines}
 
 
 def listing(kind: str, lines: list[str]) -> str:

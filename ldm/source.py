@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
 
 class Source:
     """The tensors of a model, or of a part, by name. `shapes` and `dtypes` (safetensors' names: "F16") of those that
-    matter: what is on the list of known leftovers is not there.
+    matter: what is on the list of known leftovers is not there. `stored`: dtype and shape of all, as in the headers.
 
     A tensor is a view of the mapped file: no memory of its own, read when it is first used. The file must not be
     written over as long as its tensors are alive. OpenCLIP's tensors are shown as the parts and the way round that our
@@ -33,24 +33,26 @@ class Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
-        self._stored: dict[str, tuple[safe_open, str]] = {}  # the file and the name of the tensor to look in
+        self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[safe_open, str]] = {}  # the file and the name of the tensor to look in
         for path in files:
             file = open_safetensors(path)
             self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
+                tensor = file.get_slice(name)
+                self.stored[name] = dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if not IGNORED.fullmatch(name):
-                    stored = file.get_slice(name)
-                    for view, shape in views(name, tuple(stored.get_shape())).items():
-                        self._stored[view] = file, name
-                        self.shapes[view] = shape
-                        self.dtypes[view] = stored.get_dtype()
+                    for view, view_shape in views(name, shape).items():
+                        self._places[view] = file, name
+                        self.shapes[view] = view_shape
+                        self.dtypes[view] = dtype
 
     def drop(self, prefix: str) -> None:
         """Forget the tensors under a prefix: they are not wanted."""
         self.shapes = {name: shape for name, shape in self.shapes.items() if not name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._stored[name]
+        file, stored = self._places[name]
         tensor = file.get_tensor(stored)
         match name.removeprefix(stored):
             case ".q" | ".k" | ".v" as part:
@@ -77,10 +79,10 @@ def open_safetensors(path: Path) -> safe_open:
         head = file.read(9)
     if size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
-    if path.suffix in PICKLES or head.startswith(b"PK"):
+    if is_pickle(path):
         raise CheckpointError(
             f"{path} is a pickle, which may run any code when it is opened: only safetensors files are loaded."
-            f" To convert it:\n{conversion(path, path.with_suffix('.safetensors'))}"
+            f" To convert it, without running any:\n{conversion(path, path.with_suffix('.safetensors'))}"
         )
     if head.startswith(b"version "):
         raise CheckpointError(f"{path} is a Git LFS pointer ({size} bytes), not the weights: run `git lfs pull` there")
@@ -94,11 +96,15 @@ def open_safetensors(path: Path) -> safe_open:
         ) from error
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of PyTorch's own, by its first bytes, or by its name where those say nothing."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{" or head.startswith(b"version "):
+        return False
+    return head.startswith((b"PK", b"\x80")) or path.suffix in PICKLES
+
+
 def conversion(pickle: Path, target: Path) -> str:
     """The shell command that writes a pickle's tensors, and runs no code of it, to a safetensors file."""
-    code = (
-        "import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], 'cpu', weights_only=True);"
-        " s.save_file({k: v.contiguous().clone() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')},"
-        " sys.argv[2])"
-    )
-    return f'python -c "{code}" {shlex.quote(str(pickle))} {shlex.quote(str(target))}'
+    return f"ldm convert {shlex.quote(str(pickle))} {shlex.quote(str(target))}"

@@ -1,7 +1,6 @@
 """Loading: official single files, diffusers folders, separate VAEs; memory, network, and every way to get it wrong."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from synthetic import (
 )
 
 from ldm import checkpoint, models
+from ldm.__main__ import main
 from ldm.checkpoint import CheckpointError, Plan, check, load
 from ldm.clip.tokenizer import Tokenizer
 from ldm.models import CONV_IN, OFFICIAL
@@ -417,17 +417,21 @@ def test_file_that_is_not_safetensors(change, message, file):
     assert_refused(message, file)
 
 
+def run_shown(error):
+    """Run the command in an error's last line, taken apart as a shell does."""
+    program, *arguments = shlex.split(str(error).splitlines()[-1])
+    assert program == "ldm"
+    main(arguments)
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
-def test_pickle_is_refused_and_the_way_to_convert_it_works(suffix, nets, tmp_path, monkeypatch):
+def test_pickle_is_refused_and_the_way_to_convert_it_works(suffix, nets, tmp_path):
     tensors = single_file(nets)
     path = tmp_path / f'it\'s $HOME, "mine"{suffix}'
     torch.save({"state_dict": tensors, "global_step": 1}, path)
     with pytest.raises(CheckpointError, match="is a pickle, which may run any code") as caught:
         load(path)
-    python, option, code, *arguments = shlex.split(str(caught.value).splitlines()[-1])
-    assert (python, option) == ("python", "-c")
-    monkeypatch.setattr(sys, "argv", [option, *arguments])
-    exec(code, {})
+    run_shown(caught.value)
     assert_same(load(path.with_suffix(".safetensors")).unet, nets[0].state_dict())
 
 
@@ -499,14 +503,13 @@ def test_separate_vae_that_is_the_current_folder(file, tmp_path, monkeypatch):
     ],
 )
 def test_folder_with_pickles(part, pickle, wanted, model, reference):
-    """In a shell, the shown command writes what the loader looks for, which is not always the pickle's own name."""
+    """The shown command writes what the loader looks for, which is not always the pickle's own name."""
     torch.save(load_file(model / part / wanted), model / part / pickle)
     (model / part / wanted).unlink()
     model = model.rename(model.with_name("it's $HOME"))
     with pytest.raises(CheckpointError, match=rf"no weights in .*\n{pickle} is a pickle. To convert it:\n") as caught:
         load(model)
-    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(str(caught.value).splitlines()[-1], shell=True, check=True, env=os.environ | path)
+    run_shown(caught.value)
     assert_same(getattr(load(model), part), diffusers_state(reference, part))
 
 

@@ -135,7 +135,7 @@ def test_the_tables_are_a_bijection(layout, tmp_path, monkeypatch):
     asked = [theirs for plan in plans.values() for theirs in plan.theirs.values()]
     assert len(asked) == len(set(asked)) == count
     source = next(iter(plans.values())).source
-    left = set(shapes) - {source._stored[theirs][1] for theirs in asked}
+    left = set(shapes) - {source._places[theirs][1] for theirs in asked}
     assert left == {name for name in shapes if IGNORED.fullmatch(name)} | UNUSED.get(layout, set())
     assert {name for name in left if "." not in name} == (set() if "xl" in layout else BUFFERS)
     assert {name for name in left if "." in name} == OTHERS[layout] | UNUSED.get(layout, set())

@@ -55,6 +55,7 @@ class Tokenizer:
             if token not in vocab:
                 raise ValueError(f"the vocabulary ({len(vocab)} tokens) has no {token!r}; name a token that it has")
         self.vocab = vocab
+        self.merges = merges
         self.length = length
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
         self.split = Sequence(

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from ldm.save import whole_folder
 from ldm.train.data import BACKGROUNDS
-from ldm.train.loop import whole_folder
 
 VOCABULARY = 4096
 LENGTH = 32

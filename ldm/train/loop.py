@@ -9,13 +9,11 @@ of the data and the noise: a run that was stopped and resumed, on as many thread
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,27 +56,6 @@ def save_state(path: Path, state: dict) -> None:
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """All or nothing: yields an empty folder beside `folder`, whose place it takes at the end unless there is an error.
-
-    Should the machine die between the two renames, the earlier folder still has its files, under the name `*.old`.
-    """
-    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def forget_after(step: int, log: Path) -> None:

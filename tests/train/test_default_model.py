@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm import checkpoint
+from ldm import checkpoint, save
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import Tokenizer, byte_alphabet
 from ldm.train import captions, data, diffusion, emoji, evaluate, export, loop, text, vae
@@ -305,23 +305,23 @@ class TestExport:
         tensors = load_file(file)
         name = max(tensors)
         tensors["other"] = tensors.pop(name)
-        export.save_file(tensors, file, metadata={"format": "pt"})
+        save.save_file(tensors, file, metadata={"format": "pt"})
         self.diffusers_loads(model)
         assert any(name.removeprefix("text_model.") in complaint for complaint in complaints())
 
     def test_all_or_nothing(self, parts, tokenizer, model, monkeypatch):
         files = {f: f.read_bytes() for f in model.rglob("*") if f.is_file()}
-        save, calls = export.save_file, itertools.count(1)
+        save_file, calls = save.save_file, itertools.count(1)
 
         def fail_late(*arguments, **options):
             if next(calls) == 3:
                 raise OSError("disk full")
-            save(*arguments, **options)
+            save_file(*arguments, **options)
 
         with torch.no_grad():
             parts["unet"].conv_in.weight += 1
         with monkeypatch.context() as patch:
-            patch.setattr(export, "save_file", fail_late)
+            patch.setattr(save, "save_file", fail_late)
             with pytest.raises(OSError, match="disk full"):
                 export.export(**parts, tokenizer=tokenizer, folder=model)
         assert files == {f: f.read_bytes() for f in model.rglob("*") if f.is_file()}

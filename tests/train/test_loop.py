@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ldm.save import whole_folder
 from ldm.train import loop
 from ldm.train.loop import (
     adamw,
@@ -23,7 +24,6 @@ from ldm.train.loop import (
     save_state,
     step_generator,
     train,
-    whole_folder,
 )
 
 STEPS, BATCH = 26, 4

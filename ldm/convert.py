@@ -1,0 +1,133 @@
+"""Writes a model in the other layout, or in another dtype: official single file and diffusers folder, both ways.
+
+A single file that is written here has the folder's JSON and tokenizer files in its metadata, under their paths: so it
+loads as what the folder was, though its tensors do not say how the model predicts, or which tokenizer it wants.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import Plan, check, check_widths, existing, make_plans, open_model, warn_of_guess
+from ldm.save import as_json, folder_texts, write_file, write_folder
+from ldm.source import CheckpointError, is_pickle
+
+# The text files of a diffusers folder that matter here.
+TEXTS = re.compile(
+    r"model_index\.json|(unet|vae|text_encoder|text_encoder_2)/config\.json|scheduler/scheduler_config\.json"
+    r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json)"
+)
+# Classes whose instances PyTorch Lightning left in official .ckpt files: read as something empty instead.
+LEFT_BEHIND = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+
+
+def convert(
+    source: str | Path, target: str | Path, dtype: torch.dtype | None = None, prediction_type: str | None = None
+) -> None:
+    """Write `source`, an official single file or a diffusers folder, to `target`: a name that ends in .safetensors is a
+    single file, any other a folder. The nets' tensors alone: EMA copies and buffers are left out.
+
+    dtype: of the weights, None keeps every tensor's own and its bits. prediction_type: as in `from_pretrained`.
+    A pickle becomes a safetensors file of all its tensors; it is read by `torch.load(weights_only=True)`, which runs no
+    code of the file's. `target` must not exist, and is there as a whole or not at all. Raises CheckpointError for a
+    source that is no model, FileExistsError.
+    """
+    source, target = existing(source), Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: remove it, or give another name")
+    if not target.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{target}: the folder {target.resolve().parent} does not exist, make it first")
+    single = target.suffix == ".safetensors"
+    if source.is_file() and is_pickle(source):
+        if not single:
+            raise ValueError(f"{target}: {source} is a pickle, convert it to a name that ends in .safetensors first")
+        write_file(target, cast(unpickle(source), dtype), {"format": "pt"})
+        return
+    opened = open_model(source, prediction_type=prediction_type)
+    warn_of_guess(opened, source)
+    model = opened.model
+    check_widths(model, source)
+    plans = make_plans(model, opened.sources)
+    check(plans, source)
+    tensors = {part: cast(plan.tensors(), dtype) for part, plan in plans.items()}
+    metadata = {} if source.is_dir() else opened.sources["unet"].metadata
+    texts = texts_of(source, metadata)
+    if "model_index.json" not in texts:
+        texts = folder_texts(model, opened.tokenizers())
+    elif prediction_type is not None:
+        texts["scheduler/scheduler_config.json"] = as_json(model.scheduler)
+    if single:
+        named = [official(plans[part], part_tensors) for part, part_tensors in tensors.items()]
+        write_file(target, {k: v for part in named for k, v in part.items()}, {"format": "pt", **metadata, **texts})
+    else:
+        write_folder(target, tensors, texts)
+
+
+def texts_of(source: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The text files of a folder, or of the folder that a single file once was, by their paths."""
+    files = {file.relative_to(source).as_posix(): file for file in source.glob("*/*") if file.is_file()}
+    files |= {file.name: file for file in source.glob("model_index.json")}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items() if TEXTS.fullmatch(name)}
+    return texts | {name: text for name, text in metadata.items() if TEXTS.fullmatch(name)}
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    floats = {name: dtype if tensor.is_floating_point() else None for name, tensor in tensors.items()}
+    return {name: tensor.to(floats[name] or tensor.dtype) for name, tensor in tensors.items()}
+
+
+def official(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names, and in the shapes, of the official single files."""
+    named = {}
+    for tensor, layout in zip(tensors.values(), plan.official, strict=True):
+        # The VAE's attention is made of 1x1 convolutions there.
+        named[layout] = tensor[..., None, None] if ".mid.attn_1." in layout and tensor.ndim == 2 else tensor
+    for name in [name for name in named if name.endswith(".q")]:
+        stacked = name.removesuffix(".q")
+        named[stacked] = torch.cat([named.pop(f"{stacked}.{part}") for part in "qkv"])
+    for name in [name for name in named if name.endswith(".text_projection.T")]:
+        named[name.removesuffix(".T")] = named.pop(name).T
+    return named
+
+
+# Pickles
+
+
+class Empty:
+    """Stands for the instances of `LEFT_BEHIND`."""
+
+
+def unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .ckpt, .pt or .bin file, by name; those of a textual inversion as webui's safetensors has them.
+
+    Raises CheckpointError for a file with anything but data in it.
+    """
+    try:
+        with torch.serialization.safe_globals([(Empty, name) for name in LEFT_BEHIND]):
+            loaded = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = next((line for line in str(error).split("\n") if "nsupported" in line), str(error).split("\n")[0])
+        raise CheckpointError(
+            f"{path} is no pickle of tensors alone: {found} Nothing of it was run, and it is not converted: get the"
+            " model as a safetensors file"
+        ) from error
+    except Exception as error:  # of a damaged pickle anything can come, from RuntimeError to KeyError
+        raise CheckpointError(f"{path} is damaged, or no pickle of PyTorch's: {error}") from error
+    if isinstance(loaded, Mapping):
+        loaded = loaded.get("state_dict", loaded)
+    if isinstance(loaded, Mapping) and isinstance(words := loaded.get("string_to_param"), Mapping):
+        loaded = dict(zip(["emb_params"], words.values(), strict=False))
+    tensors, seen = {}, set()
+    for name, value in loaded.items() if isinstance(loaded, Mapping) else []:
+        if isinstance(name, str) and isinstance(value, Tensor):
+            shared = value.untyped_storage().data_ptr() in seen  # safetensors has no tensors that share memory
+            tensors[name] = value.detach().clone() if shared else value.detach()
+            seen.add(value.untyped_storage().data_ptr())
+    if not tensors:
+        raise CheckpointError(f"{path} has no tensors by name in it: accepted are state dicts and textual inversions")
+    return tensors
