@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from parity import diffusers_unet, diffusers_vae, transformers_text
+from parity import diffusers_unet, diffusers_vae, randomise, transformers_text
 from PIL import Image, ImageDraw
 from synthetic import vocabulary
 from transformers import CLIPTokenizer
@@ -76,28 +76,19 @@ def tokenizer(pad):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad)
 
 
-def parts_of(model, seed=0):
-    """diffusers' and transformers' nets for a model, with random values everywhere."""
-    torch.manual_seed(seed)
+def parts_of(model):
+    """diffusers' and transformers' nets for a model, with random values everywhere under which each input matters."""
     nets = {"unet": diffusers_unet(model.unet, 256), "vae": diffusers_vae(model.vae)}
+    tokenizers = {}
     for part in ("text_encoder", "text_encoder_2"):
-        config = getattr(model, part)
-        if config is not None:
+        if config := getattr(model, part):
             nets[part] = transformers_text(config)
-            nets[part.replace("text_encoder", "tokenizer")] = tokenizer(
-                "<|endoftext|>" if config.activation == "quick_gelu" else "!"
-            )
-    for net in nets.values():
-        if isinstance(net, torch.nn.Module):
-            for p in net.requires_grad_(False).eval().parameters():
-                p.normal_(std=0.1)
-    nets["unet"].conv_in.weight.normal_(std=0.3)
-    nets["unet"].conv_out.weight.normal_(std=0.05)
-    for name, p in nets["unet"].named_parameters():
-        if "attn2.to_" in name:
-            p.normal_(std=0.5)  # else the text hardly matters
+            pad = "<|endoftext|>" if config.activation == "quick_gelu" else "!"
+            tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer(pad)
+    for seed, net in enumerate(nets.values()):
+        randomise(net, seed=seed).requires_grad_(False)
     nets["unet"].register_to_config(sample_size=model.size // model.vae.factor)
-    return nets
+    return nets | tokenizers
 
 
 def saved(pipe, folder):
