@@ -146,11 +146,11 @@ def contiguous(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 255
 
 
-def photo(width=72, height=56):
-    """A picture with edges and gradients, and neither square nor of a multiple of 16."""
+def photo(width=40, height=24):
+    """A picture with edges and gradients that is not square."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     image = Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
-    ImageDraw.Draw(image).ellipse((20, 10, 50, 45), fill=(250, 220, 30), outline="black", width=3)
+    ImageDraw.Draw(image).ellipse((10, 4, 30, 20), fill=(250, 220, 30), outline="black", width=2)
     return image
 
 
