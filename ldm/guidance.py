@@ -18,15 +18,19 @@ def guided(denoise: Denoiser, scale: float, rescale: float = 0.0, v: bool = Fals
     """
 
     def denoise_guided(x: Tensor, sigma: Tensor) -> Prediction:
-        eps_uncond, eps_cond = denoise(torch.cat([x, x]), sigma).eps.chunk(2)  # (B,4,h,w) each
-        eps = eps_uncond + scale * (eps_cond - eps_uncond)
+        both = denoise(torch.cat([x, x]), sigma)
+        eps_uncond, eps_cond = both.eps.chunk(2)  # (B,4,h,w) each
+        # The net's own output, epsilon or v = sqrt(a) eps - sqrt(1 - a) x0 with a = 1 / (1 + sigma^2), is c eps - d x0.
+        c, d = (1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5) if v else (1.0, 0.0)
+        out_uncond, out_cond = (c * both.eps - d * both.x0).chunk(2)
+        out = out_uncond + scale * (out_cond - out_uncond)
         if rescale:
-            # v = sqrt(a) eps - sqrt(1 - a) x0 with a = 1 / (1 + sigma^2), x0 = x - sigma eps, is c eps - d x:
-            c, d = ((1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5) if v else (1.0, 0.0)
-            out, out_cond = c * eps - d * x, c * eps_cond - d * x
             ratio = out_cond.std(dim=(1, 2, 3), keepdim=True) / out.std(dim=(1, 2, 3), keepdim=True)  # (B,1,1,1)
-            eps = ((rescale * ratio + 1 - rescale) * out + d * x) / c
-        return Prediction(x - sigma * eps, eps, eps_cond, eps_uncond)
+            out = (rescale * ratio + 1 - rescale) * out
+        eps = c * out + c * d * x
+        # Of v directly: at the sigma of 4096 of a zero terminal SNR, x - sigma eps would leave three digits.
+        x0 = c**2 * x - d * out if v else x - sigma * eps
+        return Prediction(x0, eps, eps_cond, eps_uncond)
 
     return denoise_guided
 

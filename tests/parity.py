@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.clip import TextConfig
 from ldm.unet import UNetConfig
@@ -228,7 +228,6 @@ def vae_differences(
 
 # Text encoder
 
-PREFIX = "text_model."  # transformers 5 has dropped it
 TEXT_APART = (
     "text_model",  # holds the three parts
     "text_model.encoder",  # returns the outputs of all layers, transformers the last alone: each layer is compared
@@ -236,7 +235,8 @@ TEXT_APART = (
 )
 
 
-def transformers_text(c: TextConfig) -> CLIPTextModel:
+def transformers_text(c: TextConfig) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """`skip` and `final_norm` are not theirs to know: diffusers' pipelines pick among the hidden states."""
     config = CLIPTextConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.width,
@@ -247,24 +247,37 @@ def transformers_text(c: TextConfig) -> CLIPTextModel:
         hidden_act=c.activation,
         bos_token_id=None,
         eos_token_id=c.end_token,
+        projection_dim=c.projection or c.width,
     )
-    return CLIPTextModel(config)
+    return CLIPTextModel(config) if c.projection is None else CLIPTextModelWithProjection(config)
+
+
+def text_prefix(net: CLIPTextModel | CLIPTextModelWithProjection) -> str:
+    """What their names lack: transformers 5 has dropped it where nothing stands beside it."""
+    return "" if isinstance(net, CLIPTextModelWithProjection) else "text_model."
 
 
 @torch.no_grad()
-def text_reference(net: CLIPTextModel, ids: Tensor) -> Reference:
-    """Clip skip n is hidden_states[-n] and then the final LayerNorm (webui's count); pooled is the last layer's."""
-    outputs = record(net, lambda net: {"pooled": net(ids).pooler_output}, PREFIX)
-    out = net(ids, output_hidden_states=True)
-    for n in range(1, len(net.encoder.layers) + 1):
-        outputs[f"clip skip {n}"] = [net.final_layer_norm(out.hidden_states[-n]), out.pooler_output]
+def text_reference(net: CLIPTextModel | CLIPTextModelWithProjection, c: TextConfig, ids: Tensor) -> Reference:
+    """Clip skip n is hidden_states[-n - skip] (webui's count), then the final LayerNorm where the config has it.
+    pooled is the last layer's whatever the skip, projected where the config has that."""
+
+    def pooled(net: nn.Module) -> Tensor:
+        return net(ids).pooler_output if c.projection is None else net(ids).text_embeds
+
+    outputs = record(net, lambda net: {"pooled": pooled(net)}, text_prefix(net))
+    hidden = net(ids, output_hidden_states=True).hidden_states
+    norm = (net if c.projection is None else net.text_model).final_layer_norm
+    for n in range(1, c.layers - c.skip + 1):
+        context = hidden[-n - c.skip]
+        outputs[f"clip skip {n}"] = [norm(context) if c.final_norm else context, *outputs["pooled"]]
     return Reference(net, outputs)
 
 
 @torch.no_grad()
 def text_differences(net_class: type[nn.Module], c: TextConfig, reference: Reference, ids: Tensor) -> dict[str, float]:
-    net = twin(net_class, c, reference.net, PREFIX)
+    net = twin(net_class, c, reference.net, text_prefix(reference.net))
     outputs = record(net, lambda net: {"pooled": net(ids).pooled})
-    for n in range(1, c.layers + 1):
+    for n in range(1, c.layers - c.skip + 1):
         outputs[f"clip skip {n}"] = [*net(ids, clip_skip=n)]
     return differences(net, outputs, reference.outputs, TEXT_APART)

@@ -92,9 +92,8 @@ def test_vae():
 def test_text_encoder():
     ids = torch.randint(0, 49406, (2, SD1.text_encoder.length))
     ids[0, 9:], ids[1, -1] = SD1.text_encoder.end_token, SD1.text_encoder.end_token
-    found = text_differences(
-        TextEncoder, SD1.text_encoder, text_reference(randomise(transformers_text(SD1.text_encoder)), ids), ids
-    )
+    reference = text_reference(randomise(transformers_text(SD1.text_encoder)), SD1.text_encoder, ids)
+    found = text_differences(TextEncoder, SD1.text_encoder, reference, ids)
     report(found)
     assert_equal(found, 135 + len(["pooled"]) + SD1.text_encoder.layers, TOLERANCE)
 

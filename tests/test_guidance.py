@@ -62,6 +62,20 @@ def test_on_a_net(prediction_type):
     torch.testing.assert_close(prediction.x0, combined.x0, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_v_at_the_sigma_of_a_zero_terminal_snr(rescale):
+    """x0 is as exact there as elsewhere, though x is 4096 times as large."""
+    sigma, v = torch.tensor(4096.0, dtype=torch.float64), torch.cat([EPS_UNCOND, EPS_COND])
+
+    def guide(x, v):
+        denoise = net_denoiser(lambda *_: v, torch.zeros(1, dtype=v.dtype), schedule, "v_prediction")
+        return guided(denoise, 7.5, rescale, v=True)(x, sigma)
+
+    single, double = guide(4096 * X, v), guide(4096 * X.double(), v.double())
+    for ours, exact in zip(single, double, strict=True):
+        assert (ours - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
 def test_steps_show_both_noises():
     denoise = TwoTexts()
     steps = list(euler(guided(denoise, 7.5), X, schedule.sigmas(3), None))

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,61 +11,18 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
 )
-from parity import diffusers_unet, diffusers_vae, transformers_text
+from family import REFINER, SD1_INPAINT, SD2, SD2_V, XL, ZERO_SNR, official_tensors, ours, saved, sd, theirs, xl
 from PIL import Image
 from safetensors.torch import save_file
-from synthetic import vocabulary
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ldm
 from ldm import checkpoint, models
 from ldm.checkpoint import load
-from ldm.clip import TextConfig
-from ldm.models import SCHEDULER, SDXL, Model, inpainting
 from ldm.source import IGNORED
-from ldm.unet import UNetConfig
-from ldm.vae import VAEConfig
 
 KEYS = Path(__file__).parent / "keys"
-TEXT = TextConfig(vocab_size=520, width=24, layers=3, heads=4, end_token=519)
-TEXT_2 = replace(TEXT, width=32, activation="gelu", skip=1, final_norm=False, projection=32)
-UNET = UNetConfig(
-    channels=(16, 32),
-    layers=1,
-    depth=(1, 0),
-    heads=None,
-    head_width=8,
-    context_width=24,
-    linear_projection=True,
-    groups=8,
-)
-VAE_ = VAEConfig(channels=(8, 16), layers=1, groups=4, scaling_factor=0.5)
-
-SD1_INPAINT = inpainting(
-    Model(replace(UNET, heads=4, head_width=None, linear_projection=False), VAE_, TEXT, SCHEDULER, 64)
-)
-SD2 = Model(UNET, VAE_, replace(TEXT, activation="gelu"), SCHEDULER, 64)
-SD2_V = replace(SD2, scheduler={**SCHEDULER, "prediction_type": "v_prediction"})
-ZERO_SNR = replace(SD2_V, scheduler={**SD2_V.scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
-XL = Model(
-    replace(UNET, depth=(0, 2), mid_depth=2, context_width=24 + 32, vector_width=32 + 6 * 256),
-    replace(VAE_, upcast=True),
-    replace(TEXT, skip=1, final_norm=False),
-    SDXL.scheduler,
-    64,
-    TEXT_2,
-    zero_negative=True,
-)
-REFINER = replace(
-    XL,
-    unet=replace(XL.unet, context_width=32, vector_width=32 + 5 * 256),
-    text_encoder=None,
-    zero_negative=False,
-)
 
 
 # Layouts of the official files
@@ -141,26 +97,6 @@ def test_the_tables_are_a_bijection(layout, tmp_path, monkeypatch):
     assert {name for name in left if "." in name} == OTHERS[layout] | UNUSED.get(layout, set())
 
 
-def official_tensors(pipe):
-    """A pipeline's tensors as the official single file of its model has them, with OpenCLIP's stacked."""
-    tensors = {}
-    for part in checkpoint.NETS:
-        net = getattr(pipe, part)
-        if net is None:
-            continue
-        layouts = [checkpoint.NETS[part][1](net.config, name) for name in net.state_dict()]
-        layout = {"unet": 0, "vae": 0, "text_encoder": 2 if pipe.text_encoder_2 else 4, "text_encoder_2": 5}[part]
-        if part == "text_encoder_2" and pipe.text_encoder is None:
-            layout = 6
-        tensors |= {names[layout]: p for names, p in zip(layouts, net.state_dict().values(), strict=True)}
-    for name in [name for name in tensors if name.endswith(".q")]:
-        stacked = name.removesuffix(".q")
-        tensors[stacked] = torch.cat([tensors.pop(f"{stacked}.{part}") for part in "qkv"])
-    for name in [name for name in tensors if name.endswith(".text_projection.T")]:
-        tensors[name.removesuffix(".T")] = tensors.pop(name).T.contiguous()
-    return tensors
-
-
 @pytest.mark.parametrize("kind", ["SD 2", "SDXL", "refiner"])
 def test_single_file(kind, tmp_path, monkeypatch, base, refiner, sd2_v):
     """The same nets as in the folder, bit for bit: stacked q, k, v and the projection are found and turned."""
@@ -207,75 +143,6 @@ def test_the_prediction_of_sd2_is_a_guess_and_said_to_be_one(spread, guess, tmp_
 
 
 # Whole runs beside diffusers
-
-
-def text_model(c):
-    if c.projection is None:
-        return transformers_text(c)
-    net = transformers_text(c)
-    config = CLIPTextConfig.from_dict({**net.config.to_dict(), "projection_dim": c.projection})
-    return CLIPTextModelWithProjection(config)
-
-
-def tokenizer(pad):
-    vocab, merges = vocabulary()
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad)
-
-
-def parts_of(model, seed=0):
-    """diffusers' and transformers' nets for a model, with random values everywhere."""
-    torch.manual_seed(seed)
-    nets = {"unet": diffusers_unet(model.unet, 256), "vae": diffusers_vae(model.vae)}
-    for part in ("text_encoder", "text_encoder_2"):
-        config = getattr(model, part)
-        if config is not None:
-            nets[part] = text_model(config)
-            nets[part.replace("text_encoder", "tokenizer")] = tokenizer(
-                "<|endoftext|>" if config.activation == "quick_gelu" else "!"
-            )
-    for net in nets.values():
-        if isinstance(net, torch.nn.Module):
-            for p in net.requires_grad_(False).eval().parameters():
-                p.normal_(std=0.1)
-    nets["unet"].conv_in.weight.normal_(std=0.3)
-    nets["unet"].conv_out.weight.normal_(std=0.05)
-    for name, p in nets["unet"].named_parameters():
-        if "attn2.to_" in name:
-            p.normal_(std=0.5)  # else the text hardly matters
-    nets["unet"].register_to_config(sample_size=model.size // model.vae.factor)
-    return nets
-
-
-def saved(pipe, folder):
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder)
-    return ldm.Pipeline.from_pretrained(folder)
-
-
-SD_NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-
-def scheduler(cls, model):
-    fields = {k: v for k, v in model.scheduler.items() if k in cls.__init__.__annotations__}
-    return cls(**fields, **({"clip_sample": False} if cls is DDIMScheduler else {}))
-
-
-def sd(model, cls=StableDiffusionPipeline, sampler=DDIMScheduler):
-    pipe = cls(**parts_of(model), scheduler=scheduler(sampler, model), **SD_NONE)
-    # transformers 5 took `text_model` away, diffusers still looks for it at clip_skip; as a plain attribute, no module.
-    object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
-    return pipe
-
-
-def theirs(pipe, seed=0, steps=5, **arguments):
-    """The last latents."""
-    arguments = {"guidance_scale": 7.5} | arguments
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(generator=generator, num_inference_steps=steps, output_type="latent", **arguments).images
-
-
-def ours(pipe, seed=0, steps=5, **arguments):
-    return pipe(seed=seed, steps=steps, progress=False, **arguments).latents
 
 
 def assert_close(a, b):
@@ -344,21 +211,15 @@ class TestInpainting:
             ours(pipe, prompt=CAT, latents=torch.zeros(1, 4, 32, 32), mask=white)
 
 
-def xl(model, cls=StableDiffusionXLPipeline, **options):
-    parts = dict.fromkeys(("text_encoder", "tokenizer")) | parts_of(model)
-    return cls(**parts, scheduler=scheduler(EulerDiscreteScheduler, model), **options)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    reference = xl(XL, add_watermarker=False)
+    reference = xl(XL)
     return saved(reference, tmp_path_factory.mktemp("xl") / "base"), reference
 
 
 @pytest.fixture(scope="module")
 def refiner(tmp_path_factory):
-    options = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False, "add_watermarker": False}
-    reference = xl(REFINER, StableDiffusionXLImg2ImgPipeline, **options)
+    reference = xl(REFINER, StableDiffusionXLImg2ImgPipeline)
     return saved(reference, tmp_path_factory.mktemp("xl") / "refiner"), reference
 
 

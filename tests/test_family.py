@@ -1,0 +1,215 @@
+"""Whole runs of every model of the family beside diffusers: each argument where diffusers' pipelines have it.
+
+What is here is what tests/test_models.py and tests/test_diffusers_pipeline.py (SD 1) leave open.
+"""
+
+from functools import cache
+
+import pytest
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from family import MODELS, contiguous, ours, photo, reference, saved, theirs
+from PIL import Image
+
+SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+CAT, RED = "a cat", "the red"
+NEGATIVES = ({}, {"negative_prompt": ""}, {"negative_prompt": RED})
+SIZES = {"original_size": (100, 90), "crops_coords_top_left": (5, 10), "target_size": (70, 60)}
+# In diffusers' pipelines that start from an image the crop of the negative half is (0, 0) unless it is given.
+THEIR_SIZES = {f"negative_{name}": value for name, value in SIZES.items()} | SIZES
+SMALL = {"width": 40, "height": 24}
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(kind, sampler): our pipeline, from the folder that diffusers wrote, and diffusers'."""
+
+    @cache
+    def make(kind, sampler):
+        pipe = reference(MODELS[kind], SAMPLERS[sampler])
+        return saved(pipe, tmp_path_factory.mktemp("family") / "model"), pipe
+
+    return make
+
+
+def from_image(pipe):
+    """diffusers' image to image with the same parts."""
+    xl = "text_encoder_2" in pipe.components
+    other = (StableDiffusionXLImg2ImgPipeline if xl else StableDiffusionImg2ImgPipeline)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def assert_close(a, b):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= TOLERANCE
+
+
+def texts_cut(pipe, clip_skip):
+    """Both texts as diffusers takes them ready-made: of the negative prompt its `clip_skip` would cut nothing."""
+    arguments = {}
+    for prefix, text in (("", CAT), ("negative_", RED)):
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clip_skip": clip_skip - 1}
+        encoded = pipe.encode_prompt(text, device="cpu", **options)
+        arguments[f"{prefix}prompt_embeds"] = encoded[0]
+        if len(encoded) == 4:  # SDXL's: context, negative context, pooled, negative pooled
+            arguments[f"{prefix}pooled_prompt_embeds"] = encoded[2]
+    return arguments
+
+
+def assert_sees(pipe, settings, changes):
+    """Each argument moves the latents by far more than the tolerance: the weights are such that it shows."""
+    plain = ours(pipe, **settings)
+    for change in changes:
+        moved = (ours(pipe, **(settings | change)) - plain).abs().max()
+        assert moved > 10 * TOLERANCE, change
+
+
+@pytest.mark.parametrize("kind", ["SD 2", "SD 2 v", "SDXL"])
+class TestTextToImage:
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_negative_prompt(self, made, kind, sampler):
+        pipe, reference = made(kind, sampler)
+        for negative in NEGATIVES:
+            common = {"prompt": CAT, **SMALL, **negative}
+            assert_close(ours(pipe, 5, sampler=sampler, **common), theirs(reference, 5, **common))
+
+    def test_clip_skip(self, made, kind):
+        pipe, reference = made(kind, "euler")
+        a = ours(pipe, prompt=CAT, negative_prompt=RED, clip_skip=2, **SMALL)
+        assert_close(a, theirs(reference, **texts_cut(reference, 2), **SMALL))
+
+    def test_batch(self, made, kind):
+        pipe, reference = made(kind, "euler")
+        a = ours(pipe, [3, 0], prompt=[CAT, RED], negative_prompt=[RED, ""], **SMALL)
+        for row, seed, text, negative in zip(a, (3, 0), (CAT, RED), (RED, ""), strict=True):
+            assert_close(row[None], theirs(reference, seed, prompt=text, negative_prompt=negative, **SMALL))
+
+    def test_the_comparison_would_see_it(self, made, kind):
+        changes = [{"prompt": RED}, {"negative_prompt": CAT}, {"clip_skip": 2}, {"seed": 6}, {"guidance_scale": 7.4}]
+        changes += [{name: (1, 2)} for name in SIZES] if kind == "SDXL" else []
+        settings = {"prompt": CAT, "negative_prompt": RED, **SMALL}
+        assert_sees(made(kind, "euler")[0], settings, changes)
+
+
+@pytest.mark.parametrize("kind", ["SD 2", "SD 2 v", "SDXL", "refiner"])
+class TestImageToImage:
+    def pair(self, made, kind, sampler):
+        pipe, reference = made(kind, sampler)
+        return pipe, reference if kind == "refiner" else from_image(reference)
+
+    @pytest.mark.parametrize("strength", [0.3, 0.75])
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_negative_prompt(self, made, kind, sampler, strength):
+        pipe, reference = self.pair(made, kind, sampler)
+        for negative in NEGATIVES:
+            common = {"prompt": CAT, "strength": strength, **negative}
+            a = ours(pipe, 2, 7, sampler=sampler, image=photo(), **common)
+            assert_close(a, theirs(reference, 2, 7, image=contiguous(photo()), **common))
+
+    def test_clip_skip(self, made, kind):
+        pipe, reference = self.pair(made, kind, "euler")
+        a = ours(pipe, prompt=CAT, negative_prompt=RED, clip_skip=2, image=photo(), strength=0.6)
+        assert_close(a, theirs(reference, image=contiguous(photo()), strength=0.6, **texts_cut(reference, 2)))
+
+    def test_batch(self, made, kind):
+        pipe, reference = self.pair(made, kind, "euler")
+        common = {"strength": 0.6, "negative_prompt": ""}
+        a = ours(pipe, [3, 0], prompt=[CAT, RED], image=photo(), **common)
+        for row, seed, text in zip(a, (3, 0), (CAT, RED), strict=True):
+            assert_close(row[None], theirs(reference, seed, prompt=text, image=contiguous(photo()), **common))
+
+    def test_the_comparison_would_see_it(self, made, kind):
+        changes = [{"prompt": RED}, {"negative_prompt": CAT}, {"clip_skip": 2}, {"seed": 6}, {"strength": 0.8}]
+        changes += [{"image": Image.new("RGB", (40, 24), "blue")}]
+        settings = {"prompt": CAT, "negative_prompt": RED, "image": photo(), "strength": 0.6}
+        assert_sees(made(kind, "euler")[0], settings, changes)
+
+
+class TestSizesFromAnImage:
+    def test_base(self, made):
+        pipe, reference = made("SDXL", "euler")
+        common = {"prompt": CAT, "negative_prompt": RED, "strength": 0.6}
+        b = theirs(from_image(reference), image=contiguous(photo()), **common, **THEIR_SIZES)
+        assert_close(ours(pipe, image=photo(), **common, **SIZES), b)
+        assert_sees(pipe, {"image": photo(), **common, **SIZES}, [{name: (1, 2)} for name in SIZES])
+
+    def test_refiner(self, made):
+        """It is not told the target's size."""
+        pipe, reference = made("refiner", "euler")
+        common = {"prompt": CAT, "negative_prompt": RED, "strength": 0.6}
+        scores = {"aesthetic_score": 5.5, "negative_aesthetic_score": 1.5}
+        b = theirs(reference, image=contiguous(photo()), **common, **scores, **THEIR_SIZES)
+        assert_close(ours(pipe, image=photo(), **common, **scores, **SIZES), b)
+        changes = [{"original_size": (1, 2)}, {"crops_coords_top_left": (1, 2)}, *({name: 3.0} for name in scores)]
+        assert_sees(pipe, {"image": photo(), **common, **scores, **SIZES}, changes)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("start", [0.8, 0.45])
+def test_hand_over_from_an_image(made, sampler, start):
+    """The base begins at its strength, and both count the hand-over from the schedule's noisy end."""
+    (pipe, reference), (second, reference_2) = made("SDXL", sampler), made("refiner", sampler)
+    common = {"prompt": CAT, "negative_prompt": RED, "steps": 10}
+    scores = {"aesthetic_score": 5.5, "negative_aesthetic_score": 1.5}
+    image = {"image": contiguous(photo()), "strength": 0.75}
+    latents = theirs(from_image(reference), **common, **image, denoising_end=start)
+    b = theirs(reference_2, **common, **scores, image=latents, denoising_start=start)
+    image = {"image": photo(), "strength": 0.75}
+    settings = {"sampler": sampler, "refiner": second, "refiner_start": start, **common, **scores, **image}
+    assert_close(ours(pipe, **settings), b)
+    assert_sees(pipe, settings, [{"refiner": None}, {"refiner_start": start - 0.11}, {"aesthetic_score": 3.0}])
+
+
+def masked():
+    """A picture and its mask, for ours and for diffusers."""
+    image = photo()
+    mask = Image.new("L", image.size)
+    mask.paste(255, (8, 4, 28, 18))
+    return {"image": image, "mask": mask}, {"image": contiguous(image), "mask_image": mask, **SMALL}
+
+
+@pytest.mark.parametrize("kind", ["SD 1 inpainting", "SD 2 inpainting", "SDXL inpainting"])
+class TestInpainting:
+    """Models with nine channels, which see the mask and the picture without what it hides."""
+
+    @pytest.mark.parametrize("strength", [1.0, 0.6])
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_negative_prompt(self, made, kind, sampler, strength):
+        (pipe, reference), (mine, others) = made(kind, sampler), masked()
+        for negative in NEGATIVES:
+            common = {"prompt": CAT, "strength": strength, **negative}
+            a = ours(pipe, 2, sampler=sampler, **mine, **common)
+            assert_close(a, theirs(reference, 2, **others, **common))
+
+    def test_clip_skip(self, made, kind):
+        (pipe, reference), (mine, others) = made(kind, "euler"), masked()
+        a = ours(pipe, prompt=CAT, negative_prompt=RED, clip_skip=2, strength=1.0, **mine)
+        assert_close(a, theirs(reference, strength=1.0, **others, **texts_cut(reference, 2)))
+
+    def test_batch(self, made, kind):
+        (pipe, reference), (mine, others) = made(kind, "euler"), masked()
+        common = {"strength": 0.6, "negative_prompt": ""}
+        a = ours(pipe, [3, 0], prompt=[CAT, RED], **mine, **common)
+        for row, seed, text in zip(a, (3, 0), (CAT, RED), strict=True):
+            assert_close(row[None], theirs(reference, seed, prompt=text, **others, **common))
+
+    def test_the_comparison_would_see_it(self, made, kind):
+        mine, _ = masked()
+        changes = [{"prompt": RED}, {"negative_prompt": CAT}, {"clip_skip": 2}, {"seed": 6}, {"strength": 0.8}]
+        changes += [{"image": Image.new("RGB", (40, 24), "blue")}, {"mask": Image.new("L", (40, 24))}]
+        settings = {"prompt": CAT, "negative_prompt": RED, "strength": 1.0, **mine}
+        assert_sees(made(kind, "euler")[0], settings, changes)
+
+
+def test_sizes_of_inpainting(made):
+    pipe, reference = made("SDXL inpainting", "euler")
+    common = {"prompt": CAT, "negative_prompt": RED, "strength": 0.6}
+    mine, others = masked()
+    assert_close(ours(pipe, **mine, **common, **SIZES), theirs(reference, **others, **common, **THEIR_SIZES))
+    assert_sees(pipe, {**mine, **common, **SIZES}, [{name: (1, 2)} for name in SIZES])
