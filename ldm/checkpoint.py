@@ -274,25 +274,27 @@ class Plan:
         self.theirs = dict(zip(self.shapes, found, strict=True))
         self.found = sum(name in source.shapes for name in found)  # tensors that are there
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By our names, in our shapes, with the bits and the dtypes of the file."""
-        return {ours: self.source[theirs].reshape(self.shapes[ours]) for ours, theirs in self.theirs.items()}
-
-    def fill(self, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-        """The net with its values. Without a dtype it keeps that of its tensors, or of the widest if they differ.
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """By our names, in our shapes, in `dtype` or with the bits of the file.
 
         Raises CheckpointError for a value that is no number, or none in that dtype.
         """
-        tensors = self.tensors()
-        dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-        for ours, tensor in tensors.items():
-            if not max(map(abs, tensor.aminmax())) <= torch.finfo(dtype).max:  # nor is it for NaN
+        tensors = {}
+        for ours, theirs in self.theirs.items():
+            tensor = self.source[theirs].reshape(self.shapes[ours])
+            if not max(map(abs, tensor.aminmax())) <= torch.finfo(dtype or tensor.dtype).max:  # nor is it for NaN
                 raise CheckpointError(
-                    f"{self.source.where}: {self.theirs[ours]} has values that are NaN, infinite, or too large for"
-                    f" {dtype}: download or copy the file again, or load it with dtype=torch.float32"
+                    f"{self.source.where}: {theirs} has values that are NaN, infinite, or too large for"
+                    f" {dtype or tensor.dtype}: download or copy the file again, or take dtype=torch.float32"
                 )
-            tensors[ours] = tensor.to(device, dtype)
-        self.net.load_state_dict(tensors, assign=True)
+            tensors[ours] = tensor.to(dtype or tensor.dtype)
+        return tensors
+
+    def fill(self, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+        """The net with its values. Without a dtype it keeps that of its tensors, or of the widest if they differ."""
+        tensors = self.tensors(dtype)
+        widest = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+        self.net.load_state_dict({name: t.to(device, widest) for name, t in tensors.items()}, assign=True)
         return self.net.eval().requires_grad_(False)
 
 

@@ -46,7 +46,9 @@ def convert(
     if source.is_file() and is_pickle(source):
         if not single:
             raise ValueError(f"{target}: {source} is a pickle, convert it to a name that ends in .safetensors first")
-        write_file(target, cast(unpickle(source), dtype), {"format": "pt"})
+        tensors = unpickle(source)
+        floats = {name: t.to(dtype) for name, t in tensors.items() if dtype is not None and t.is_floating_point()}
+        write_file(target, tensors | floats, {"format": "pt"})
         return
     opened = open_model(source, prediction_type=prediction_type)
     warn_of_guess(opened, source)
@@ -54,7 +56,7 @@ def convert(
     check_widths(model, source)
     plans = make_plans(model, opened.sources)
     check(plans, source)
-    tensors = {part: cast(plan.tensors(), dtype) for part, plan in plans.items()}
+    values = {part: plan.tensors(dtype) for part, plan in plans.items()}
     metadata = {} if source.is_dir() else opened.sources["unet"].metadata
     texts = texts_of(source, metadata)
     if "model_index.json" not in texts:
@@ -62,10 +64,10 @@ def convert(
     elif prediction_type is not None:
         texts["scheduler/scheduler_config.json"] = as_json(model.scheduler)
     if single:
-        named = [official(plans[part], part_tensors) for part, part_tensors in tensors.items()]
+        named = [official(plans[part], tensors) for part, tensors in values.items()]
         write_file(target, {k: v for part in named for k, v in part.items()}, {"format": "pt", **metadata, **texts})
     else:
-        write_folder(target, tensors, texts)
+        write_folder(target, values, texts)
 
 
 def texts_of(source: Path, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -74,11 +76,6 @@ def texts_of(source: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     files |= {file.name: file for file in source.glob("model_index.json")}
     texts = {name: file.read_text(encoding="utf-8") for name, file in files.items() if TEXTS.fullmatch(name)}
     return texts | {name: text for name, text in metadata.items() if TEXTS.fullmatch(name)}
-
-
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    floats = {name: dtype if tensor.is_floating_point() else None for name, tensor in tensors.items()}
-    return {name: tensor.to(floats[name] or tensor.dtype) for name, tensor in tensors.items()}
 
 
 def official(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
