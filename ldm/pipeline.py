@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.clip import TextEncoder, TextEncoding
+from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
 from ldm.guidance import guided, handed_over
@@ -162,6 +163,18 @@ class Pipeline:
         """
         return self._begin(Settings(prompt, **settings))[2]
 
+    def load_embedding(self, path: str | Path, word: str | None = None) -> str:
+        """Load a textual inversion (.safetensors); the word that means it in prompts is returned.
+
+        word: the file's own unless given. Raises `ldm.checkpoint.CheckpointError`, a ValueError, for a file that is no
+        embedding for this model, or a word that is taken; nothing is changed then.
+        """
+        return load_embedding(Path(path), word, self._encoders())
+
+    def _encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
+        both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        return [(tokenizer, encoder) for tokenizer, encoder in both if tokenizer is not None and encoder is not None]
+
     @torch.no_grad()
     def encode_text(
         self, texts: list[str], clip_skip: int = 1, emphasis: str | None = "mean", chunks: int = 1
@@ -170,13 +183,11 @@ class Pipeline:
 
         emphasis: as in `Settings`. chunks: n is at least so many.
         """
-        both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
         encodings = []
-        for tokenizer, encoder in both:
-            if tokenizer is not None and encoder is not None:
-                plans = [plan(text, tokenizer, emphasis is not None) for text in texts]
-                count = max(chunks, *(len(p.chunks) for p in plans))
-                encodings.append(encode(plans, count, tokenizer, encoder, clip_skip, emphasis == "mean"))
+        for tokenizer, encoder in self._encoders():
+            plans = [plan(text, tokenizer, emphasis is not None) for text in texts]
+            count = max(chunks, *(len(p.chunks) for p in plans))
+            encodings.append(encode(plans, count, tokenizer, encoder, clip_skip, emphasis == "mean"))
         return TextEncoding(torch.cat([e.context for e in encodings], dim=-1), encodings[-1].pooled)
 
     def plan(self, text: str, emphasis: str | None = "mean") -> PromptPlan:
