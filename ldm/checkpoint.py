@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import ldm.clip.keys
 import ldm.unet.keys
 import ldm.vae.keys
-from ldm import folder
+from ldm import folder, hub
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.source import CheckpointError, Source
@@ -173,22 +173,30 @@ def load(
     device: torch.device | str = "cpu",
     vae_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
+    revision: str | None = None,
 ) -> Parts:
-    """Load an official single file (.safetensors) or a diffusers folder. Nothing is ever downloaded.
+    """Load an official single file (.safetensors), a diffusers folder, or such a folder of the Hugging Face hub.
 
-    vae: a VAE file or folder that takes the place of the built-in one, which then need not be there.
+    path: a str of the form owner/name, where here is no folder owner, is fetched from the hub with huggingface_hub's
+    cache; nothing else is ever downloaded. revision: a branch, tag or commit there, main unless given.
+    vae: a VAE file, folder or name that takes the place of the built-in one, which then need not be there.
     dtype: None keeps the file's own; on the CPU the weights then are the mapped file itself.
     vae_dtype: None is `dtype`, but float32 instead of float16 for a VAE that overflows in it, as SDXL's does.
     prediction_type: None is what the file says, or a guess where it does not, with a warning.
     Raises CheckpointError, a ValueError, for anything that is not exactly a model that this version knows.
     """
-    path = existing(path)
+    if revision is not None and not hub.is_name(path):
+        raise ValueError(f"revision={revision!r}: only a model of the Hugging Face hub has one, and {path} is a path")
+    existing(path)  # before anything is fetched
+    if vae is not None:
+        existing(vae)
+        vae = hub.fetch_vae(vae, dtype) if hub.is_name(vae) else Path(vae)
+    path = hub.fetch_model(path, revision, dtype, vae is None) if hub.is_name(path) else Path(path)
     if path.is_dir():
         model, sources, tokenizers = open_folder(path, vae is None, dtype)
     else:
         model, sources, tokenizers = open_file(path, vae is None, prediction_type)
     if vae is not None:
-        vae = existing(vae)
         if vae.is_dir():
             model = replace(model, vae=folder.vae_config(vae, model.vae.upcast))
         sources["vae"] = folder.weights(vae, "diffusion_pytorch_model", dtype) if vae.is_dir() else Source(vae, [vae])
@@ -210,13 +218,9 @@ def load(
     return Parts(**(nets | tokenizers), scheduler=scheduler, size=model.size, zero_negative=model.zero_negative)
 
 
-def existing(path: str | Path) -> Path:
-    if not Path(path).exists():
-        raise CheckpointError(
-            f"{path} does not exist. Nothing is downloaded: a model of the Hugging Face hub must be fetched first,"
-            " `hf download OWNER/NAME --local-dir FOLDER`, and FOLDER given here"
-        )
-    return Path(path)
+def existing(path: str | Path) -> None:
+    if not hub.is_name(path) and not Path(path).exists():
+        raise CheckpointError(f"{path} does not exist. (A model of the Hugging Face hub is the str owner/name)")
 
 
 Opened = tuple[Model, dict[str, Source], dict[str, Tokenizer | None]]
