@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import ldm.clip.keys
 import ldm.unet.keys
 import ldm.vae.keys
-from ldm import folder, models
+from ldm import folder, hub, models
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
@@ -88,21 +88,30 @@ def load(
     device: torch.device | str = "cpu",
     vae_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
+    revision: str | None = None,
 ) -> Parts:
-    """Load an official single file (.safetensors) or a diffusers folder. Nothing is ever downloaded.
+    """Load an official single file (.safetensors), a diffusers folder, or such a folder of the Hugging Face hub.
 
-    vae: a VAE file or folder that takes the place of the built-in one, which then need not be there.
+    path: a str of the form owner/name, where here is no folder owner, is fetched from the hub with huggingface_hub's
+    cache; nothing else is ever downloaded. revision: a branch, tag or commit there, main unless given.
+    vae: a VAE file, folder or name that takes the place of the built-in one, which then need not be there.
     dtype: None keeps the file's own; on the CPU the weights then are the mapped file itself.
     vae_dtype: None is `dtype`, but float32 instead of float16 for a VAE that overflows in it, as SDXL's does.
     prediction_type: None is what the file says, or a guess where it does not, with a warning.
     Raises CheckpointError, a ValueError, for anything that is not exactly a model that this version knows.
     """
-    path = existing(path)
+    if revision is not None and not hub.is_name(path):
+        raise ValueError(f"revision={revision!r}: only a model of the Hugging Face hub has one, and {path} is a path")
+    for given in (path, vae):  # before anything is fetched
+        if given is not None and not hub.is_name(given):
+            existing(given)
+    if vae is not None:
+        vae = hub.fetch_vae(vae, dtype) if hub.is_name(vae) else Path(vae)
+    path = hub.fetch_model(path, revision, dtype, vae is None) if hub.is_name(path) else Path(path)
     opened = open_model(path, vae is None, dtype, prediction_type)
     model, sources, tokenizers = opened.model, opened.sources, opened.tokenizers()
     warn_of_guess(opened, path)
     if vae is not None:
-        vae = existing(vae)
         if vae.is_dir():
             model = replace(model, vae=folder.vae_config(vae, model.vae.upcast))
         sources["vae"] = folder.weights(vae, dtype) if vae.is_dir() else Source(vae, [vae])
@@ -133,11 +142,14 @@ def warn_of_guess(opened: Opened, path: Path) -> None:
 
 
 def existing(path: str | Path) -> Path:
-    if not Path(path).exists():
-        raise CheckpointError(
-            f"{path} does not exist. Nothing is downloaded: a model of the Hugging Face hub must be fetched first,"
-            " `hf download OWNER/NAME --local-dir FOLDER`, and FOLDER given here"
-        )
+    """Raises CheckpointError where there is nothing, or nothing that may be looked at."""
+    try:
+        Path(path).stat()
+    except FileNotFoundError as error:
+        what = "is a link to nothing" if Path(path).is_symlink() else "does not exist"
+        raise CheckpointError(f"{path} {what}. (A model of the Hugging Face hub is the str owner/name)") from error
+    except (OSError, ValueError) as error:  # ValueError: no path has a null character
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
     return Path(path)
 
 

@@ -95,7 +95,21 @@ TEXT_READ = {
     "eos_token_id": 49407,
     "layer_norm_eps": 1e-5,
 }
-KINDS = {bool: "true or false", str: "text", int: "whole numbers above 0", float: "numbers above 0"}
+# Beyond what any model has, and few enough that a damaged config neither fills the memory nor takes for ever.
+LARGE = 10**6
+MOST = {"block_out_channels": 6, "layers_per_block": 4, "transformer_layers_per_block": 16, "num_hidden_layers": 64}
+
+KINDS = {
+    bool: "true or false",
+    str: "text",
+    int: "whole numbers from 1 to 999,999",
+    float: "numbers above 0, below 1,000,000",
+}
+    bool: "true or false",
+    str: "text",
+    int: "whole numbers from 1 to 999,999",
+    float: "numbers above 0, below 1,000,000",
+}
 
 
 class Embedded(NamedTuple):
@@ -182,8 +196,9 @@ def unet_config(part: Folder) -> UNetConfig:
 def per_level(where: Folder, config: Mapping, field: str, levels: int) -> list[int]:
     value = config[field]
     values = value if isinstance(value, list) else [value] * levels
-    good = len(values) == levels and like(values, [1])
-    accept(where, config, field, good, f"a whole number above 0, or one for each of the {levels} levels")
+    most = MOST.get(field, LARGE)
+    good = len(values) == levels and like(values, [1]) and max(values) <= most
+    accept(where, config, field, good, f"a whole number from 1 to {most:,}, or one for each of the {levels} levels")
     return values
 
 
@@ -263,7 +278,7 @@ def tokenizer(part: Folder, text: TextConfig) -> Tokenizer:
         settings |= read_json(part / name) if (part / name).is_file() else {}
     limit, pad = settings["model_max_length"], settings["pad_token"]
     pad = pad.get("content", "") if isinstance(pad, dict) else pad
-    accept(part, settings, "model_max_length", like(limit, 1.0) and limit > 2, "a number above 2")
+    accept(part, settings, "model_max_length", type(limit) in (int, float) and limit > 2, "a number above 2")
     accept(part, settings, "pad_token", isinstance(pad, str), "a token, or an object with its content")
     length = int(min(text.length, limit))  # transformers writes 1e30 for no limit
     vocab, merges, both = part / "vocab.json", part / "merges.txt", part / "tokenizer.json"
@@ -334,6 +349,9 @@ def check_kinds(where: Folder, config: Mapping, read: Mapping) -> None:
     for field, default in read.items():
         kind = f"a list of {KINDS[type(default[0])]}" if isinstance(default, list) else KINDS[type(default)]
         accept(where, config, field, like(config[field], default), kind)
+        if most := MOST.get(field):
+            count = len(config[field]) if isinstance(default, list) else config[field]
+            accept(where, config, field, count <= most, f"at most {most}")
 
 
 def like(value: Any, default: Any) -> bool:
@@ -342,7 +360,7 @@ def like(value: Any, default: Any) -> bool:
         return isinstance(value, list) and len(value) > 0 and all(like(item, default[0]) for item in value)
     if isinstance(default, bool | str):
         return type(value) is type(default)
-    return type(value) in (int, type(default)) and value > 0
+    return type(value) in (int, type(default)) and 0 < value < LARGE
 
 
 def accept(where: Folder, config: Mapping, field: str, good: bool, accepted: Any) -> None:
@@ -355,8 +373,10 @@ def read_json(path: Folder) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}, and cannot be loaded without")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is {str(value)[:40]}: accepted is a JSON object, {{...}}")
     return value

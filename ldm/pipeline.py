@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import checkpoint
+from ldm import checkpoint, hub
 from ldm.clip import TextEncoder, TextEncoding
+from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
 from ldm.guidance import guided, handed_over
@@ -84,13 +85,17 @@ class Pipeline:
         device: str | torch.device | None = None,
         prediction_type: str | None = None,
         vae_dtype: torch.dtype | None = None,
+        revision: str | None = None,
     ) -> "Pipeline":
-        """An official single file or a diffusers folder; None is the default model that ships with the project.
+        """An official single file, a diffusers folder, or "owner/name" of a diffusers model on the Hugging Face hub;
+        None is the default model that ships with the project.
 
-        vae: a VAE file or folder that replaces the built-in one. dtype: of the nets, float32 unless given; the loop
-        itself always runs in float32. device: a GPU where there is one, unless given. prediction_type: "epsilon" or
-        "v_prediction", where the file does not say or says it wrong. vae_dtype: as dtype unless given, but SDXL's VAE,
-        which overflows in float16, then runs in float32. Nothing is downloaded.
+        vae: a VAE file, folder or hub name that replaces the built-in one. dtype: of the nets, float32 unless given;
+        the loop itself always runs in float32. device: a GPU where there is one, unless given. prediction_type:
+        "epsilon" or "v_prediction", where the file does not say or says it wrong. vae_dtype: as dtype unless given, but
+        SDXL's VAE, which overflows in float16, then runs in float32. revision: of a model on the hub, its branch, tag
+        or commit.
+        Nothing but what has a hub name is ever downloaded, with huggingface_hub and into its cache.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -105,10 +110,11 @@ class Pipeline:
                 f"the default model is not at {DEFAULT_MODEL}: it is part of a checkout of ldm. Install from one, with"
                 " `pip install -e .`, or give the path of a model"
             )
-        path = DEFAULT_MODEL if path is None else Path(path)
+        path = DEFAULT_MODEL if path is None else path
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise ValueError(f"prediction_type={prediction_type!r}: use {' or '.join(PREDICTION_TYPES)}")
-        parts = checkpoint.load(path, vae, dtype, device, vae_dtype, prediction_type)
+        parts = checkpoint.load(path, vae, dtype, device, vae_dtype, prediction_type, revision)
+        local = Path(path)
         return cls(
             parts.unet,
             parts.vae,
@@ -117,7 +123,7 @@ class Pipeline:
             Schedule.from_config(parts.scheduler),
             parts.scheduler["prediction_type"],
             parts.size,
-            path.stem if path.is_file() else path.resolve().name,
+            path if hub.is_name(path) else local.stem if local.is_file() else local.resolve().name,
             parts.text_encoder_2,
             parts.tokenizer_2,
             parts.zero_negative,
@@ -162,6 +168,18 @@ class Pipeline:
         """
         return self._begin(Settings(prompt, **settings))[2]
 
+    def load_embedding(self, path: str | Path, word: str | None = None) -> str:
+        """Load a textual inversion (.safetensors); the word that means it in prompts is returned.
+
+        word: the file's own unless given. Raises `ldm.checkpoint.CheckpointError`, a ValueError, for a file that is no
+        embedding for this model, or a word that is taken; nothing is changed then.
+        """
+        return load_embedding(Path(path), word, self._encoders())
+
+    def _encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
+        both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        return [(tokenizer, encoder) for tokenizer, encoder in both if tokenizer is not None and encoder is not None]
+
     @torch.no_grad()
     def encode_text(
         self, texts: list[str], clip_skip: int = 1, emphasis: str | None = "mean", chunks: int = 1
@@ -170,13 +188,11 @@ class Pipeline:
 
         emphasis: as in `Settings`. chunks: n is at least so many.
         """
-        both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
         encodings = []
-        for tokenizer, encoder in both:
-            if tokenizer is not None and encoder is not None:
-                plans = [plan(text, tokenizer, emphasis is not None) for text in texts]
-                count = max(chunks, *(len(p.chunks) for p in plans))
-                encodings.append(encode(plans, count, tokenizer, encoder, clip_skip, emphasis == "mean"))
+        for tokenizer, encoder in self._encoders():
+            plans = [plan(text, tokenizer, emphasis is not None) for text in texts]
+            count = max(chunks, *(len(p.chunks) for p in plans))
+            encodings.append(encode(plans, count, tokenizer, encoder, clip_skip, emphasis == "mean"))
         return TextEncoding(torch.cat([e.context for e in encodings], dim=-1), encodings[-1].pooled)
 
     def plan(self, text: str, emphasis: str | None = "mean") -> PromptPlan:

@@ -1,12 +1,15 @@
 """Where weights come from: safetensors files, memory-mapped. What is not one is refused with what to do about it."""
 
+import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+LONGEST_HEADER = 8_000_000  # bytes; SDXL's is 0.3 million, and reading one takes several times its size in memory
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.
 IGNORED = re.compile(
@@ -72,11 +75,21 @@ def views(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def open_safetensors(path: Path) -> safe_open:
+    """Map a file whose header is in order. Raises CheckpointError for any other."""
+    try:
+        return mapped(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def mapped(path: Path) -> safe_open:
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
+        length = int.from_bytes(head[:8], "little")
+        text = file.read(length - 1) if length <= LONGEST_HEADER else b""
     if size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
     if is_pickle(path):
@@ -88,12 +101,22 @@ def open_safetensors(path: Path) -> safe_open:
         raise CheckpointError(f"{path} is a Git LFS pointer ({size} bytes), not the weights: run `git lfs pull` there")
     if head[8:] != b"{":  # eight bytes of length, then JSON
         raise CheckpointError(f"{path} ({size:,} bytes) is not a safetensors file: it starts with {head!r}")
+    if length > LONGEST_HEADER:
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) is damaged: it claims a header of {length:,} bytes, and no model needs more than"
+            f" {LONGEST_HEADER:,}; download or copy it again"
+        )
     try:
-        return safe_open(path, "pt")
+        opened = safe_open(path, "pt")
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} ({size:,} bytes) is truncated or damaged: {error}; download or copy it again"
         ) from error
+    # Of two tensors of one name safetensors lets one win.
+    names = json.loads(head[8:] + text, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise CheckpointError(f"{path} is damaged: it has {twice[0]} more than once; download or copy it again")
+    return opened
 
 
 def is_pickle(path: Path) -> bool:

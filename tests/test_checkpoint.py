@@ -395,9 +395,10 @@ def test_single_file_without_a_part(prefix, message, nets, tmp_path):
 
 
 def test_path_that_does_not_exist(file):
-    message = "runwayml/sd does not exist. Nothing is downloaded: .* `hf download OWNER/NAME --local-dir FOLDER`"
-    assert_refused(message, "runwayml/sd")
-    assert_refused(message, file, vae="runwayml/sd")
+    message = r"none/sd/unet does not exist\. \(A model of the Hugging Face hub is the str owner/name\)"
+    assert_refused(message, "none/sd/unet")
+    assert_refused(message, file, vae="none/sd/unet")
+    assert_refused("none/sd does not exist", Path("none/sd"))
 
 
 @pytest.mark.parametrize(

@@ -93,23 +93,25 @@ def plan(prompt: str, tokenizer: Tokenizer, weighted: bool = True) -> PromptPlan
     """weighted=False takes brackets and BREAK as text."""
     pieces = parse(prompt) if weighted else [(prompt, 1.0)]
     size = tokenizer.length - 2
-    names = {i: token for token, i in tokenizer.vocab.items()}
+    names = tokenizer.names()
     comma = tokenizer.vocab.get(",</w>")
     chunks: list[tuple[list[int], list[float]]] = [([], [])]
     for text, weight in pieces:
         if math.isnan(weight):
             chunks.append(([], []))
             continue
-        for index in tokenizer.ids(text):
+        for unit in tokenizer.units(text):
             ids, weights = chunks[-1]
             if len(ids) == size:
                 chunks.append(([], []))
-                if index != comma and comma in ids[-BACKTRACK:]:
+                if unit != [comma] and comma in ids[-BACKTRACK:]:
                     cut = len(ids) - ids[::-1].index(comma)
                     chunks[-1] = ids[cut:], weights[cut:]
                     del ids[cut:], weights[cut:]
-            chunks[-1][0].append(index)
-            chunks[-1][1].append(weight)
+            if len(chunks[-1][0]) + len(unit) > size:  # an added word is not split
+                chunks.append(([], []))
+            chunks[-1][0].extend(unit)
+            chunks[-1][1].extend([weight] * len(unit))
     return PromptPlan(pieces, chunks, [[names[i] for i in ids] for ids, _ in chunks])
 
 

@@ -7,6 +7,7 @@ merged in the order of the merge list.
 
 import gzip
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,8 @@ class Readable(Protocol):
 class Tokenizer:
     """Text to ids, and to the (B,length) int64 tensor that the text encoder reads.
 
-    `length` tokens per prompt; `begin`, `end`, `pad` are ids. Raises ValueError for a special token that `vocab` lacks.
+    `length` tokens per prompt; `begin`, `end`, `pad` are ids; `words` are those that were added, cleaned, with the ids
+    that each stands for. Raises ValueError for a special token that `vocab` lacks.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77, pad_token: str = END):
@@ -56,6 +58,7 @@ class Tokenizer:
                 raise ValueError(f"the vocabulary ({len(vocab)} tokens) has no {token!r}; name a token that it has")
         self.vocab = vocab
         self.merges = merges
+        self.words: dict[str, list[int]] = {}
         self.length = length
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
         self.split = Sequence(
@@ -80,12 +83,37 @@ class Tokenizer:
         merge_list = pairs(line for line in lines if line and not line.startswith("#version"))
         return cls(json.loads(vocab.read_text(encoding="utf-8")), merge_list, length, pad_token)
 
+    def add(self, word: str, ids: list[int]) -> None:
+        """Let a word stand for ids of its own wherever it is not a part of a longer one, in any case."""
+        self.words[clean(word)] = ids
+
+    def units(self, text: str) -> list[list[int]]:
+        """The ids of a text, without begin, end and padding, in groups that stay together: an added word, or a token.
+
+        No letter or digit of an added word touches another one.
+        """
+        words = [
+            r"(?<![^\W_])" * word[0].isalnum() + re.escape(word) + r"(?![^\W_])" * word[-1].isalnum()
+            for word in sorted(self.words, key=len, reverse=True)
+        ]
+        units = []
+        for part in re.split(f"({'|'.join(words)})", clean(text)) if words else [clean(text)]:
+            if part in self.words:
+                units.append(self.words[part])
+                continue
+            for piece, _ in self.split.pre_tokenize_str(part):
+                special = piece in (BEGIN, END)
+                units += [[self.vocab[piece]]] if special else [[token.id] for token in self.bpe.tokenize(piece)]
+        return units
+
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without begin, end and padding."""
-        ids = []
-        for piece, _ in self.split.pre_tokenize_str(clean(text)):
-            ids += [self.vocab[piece]] if piece in (BEGIN, END) else [token.id for token in self.bpe.tokenize(piece)]
-        return ids
+        return [i for unit in self.units(text) for i in unit]
+
+    def names(self) -> dict[int, str]:
+        """The tokens by their ids; an added word's are word[0], word[1], ..."""
+        added = {i: f"{word}[{k}]" for word, ids in self.words.items() for k, i in enumerate(ids)}
+        return {i: token for token, i in self.vocab.items()} | added
 
     def __call__(self, texts: str | list[str]) -> Tensor:
         """(B,length) int64: begin, ids, end, padding. Warns with the text that did not fit."""
@@ -94,7 +122,7 @@ class Tokenizer:
             ids, room = self.ids(text), self.length - 2
             ids, cut = ids[:room], ids[room:]
             if cut:
-                names = {i: token for token, i in self.vocab.items()}
+                names = self.names()
                 lost = FromBytes().decode([names[i] for i in cut]).replace("</w>", " ").strip()
                 warnings.warn(
                     f"the prompt has {len(ids) + len(cut)} tokens, {len(ids)} fit; cut: {lost!r}", stacklevel=2
