@@ -69,7 +69,7 @@ class Target(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """A matrix (n,m): a itself; or a b; or those with a Tucker core t (r,r,k,k) between, whose kernel then is in m."""
+    """A matrix (n,m): a itself, or a b, or those with a Tucker core t (r,r,k,k) between, its k k in m."""
 
     a: Tensor
     b: Tensor | None = None
@@ -188,11 +188,7 @@ def load(path: str | Path, scale: float, nets: Mapping[str, Any], loaded: list[L
 
 
 def finite(scale: float) -> float:
-    try:
-        good = math.isfinite(scale)
-    except TypeError:
-        good = False
-    if not good:
+    if not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r}: use a finite number; 1 is the LoRA as it was trained, 0 is without it")
     return float(scale)
 
@@ -271,7 +267,7 @@ def read(path: Path, nets: Mapping[str, Any], originals: Mapping[Tensor, Tensor]
         shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(names.values()))
         if f.keys() - {"alpha", "dora_scale", "magnitude"} not in FORMS:
             problems["incomplete: what belongs with them is missing"].append(shapes)
-        elif change := fitted(f, original, target.path, configs[target.part]):
+        elif change := fitted(f, original, target, configs[target.part]):
             changes[target.weight] = change
         else:
             problems["of another shape"].append(f"{shapes}: {target.path} is {tuple(original.shape)}")
@@ -281,7 +277,9 @@ def read(path: Path, nets: Mapping[str, Any], originals: Mapping[Tensor, Tensor]
     return changes
 
 
-def fitted(f: Mapping[str, Tensor], original: Tensor, path: str, config: Mapping[str, Any] | None) -> Change | None:
+def fitted(
+    f: Mapping[str, Tensor], original: Tensor, target: Target, config: Mapping[str, Any] | None
+) -> Change | None:
     """The change that tensors make, if it is one for a weight of this shape."""
     wanted = original.flatten(1).shape
     kron = "lokr_w1" in f or "lokr_w1_a" in f
@@ -299,7 +297,7 @@ def fitted(f: Mapping[str, Tensor], original: Tensor, path: str, config: Mapping
         if tuple(m.shape) not in ((wanted[0], 1), (1, original.shape[1])):
             return None
     ranks = [part.b.shape[0] for part in parts if part.b is not None]
-    scale = scale_of(f.get("alpha"), ranks[-1], path, config) if ranks else 1.0  # LoKr of two whole matrices has no r
+    scale = scale_of(f.get("alpha"), ranks[-1], target, config) if ranks else 1.0  # LoKr of two whole matrices has no r
     return Change(original, parts, kron, scale, m)
 
 
@@ -316,13 +314,14 @@ def factors(f: Mapping[str, Tensor]) -> list[Factor]:
     return parts
 
 
-def scale_of(alpha: Tensor | None, rank: int, path: str, config: Mapping[str, Any] | None) -> float:
+def scale_of(alpha: Tensor | None, rank: int, target: Target, config: Mapping[str, Any] | None) -> float:
     """alpha / r, which is 1 where nobody says what alpha is."""
     if alpha is not None:
         return alpha.item() / rank
     if config is None:
         return 1.0
-    names = path, path.removeprefix("text_model.")
+    # The first text encoder's modules have lost their prefix in transformers 5, the second's have not.
+    names = {target.path, target.path.removeprefix("text_model." if target.part == "text_encoder" else "")}
     patterns = (config["alpha_pattern"] or {}).items()
     own = [value for pattern, value in patterns if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)]
     return (own or [config["lora_alpha"]])[0] / (math.sqrt(rank) if config["use_rslora"] else rank)
@@ -349,9 +348,8 @@ def peft_config(
         found = own or {name: field for name, field in fields.items() if "." not in name}
         if not found:
             return None
-    c = {"peft_type": "LORA", "lora_alpha": None, "alpha_pattern": None, "use_rslora": False} | found
+    c = {"lora_alpha": None, "alpha_pattern": None, "use_rslora": False} | found
     patterns = c["alpha_pattern"] or {}
-    accept(where, c, "peft_type", c["peft_type"] == "LORA", "LORA")
     accept(where, c, "lora_alpha", like(c["lora_alpha"], 1.0), "numbers above 0")
     accept(where, c, "use_rslora", like(c["use_rslora"], False), "true or false")
     known = isinstance(patterns, dict) and all(like(alpha, 1.0) and is_pattern(p) for p, alpha in patterns.items())

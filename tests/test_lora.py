@@ -229,11 +229,15 @@ def adapted(reference, parts, **options):
     for part in parts:
         net = getattr(reference, part)
         net.add_adapter(LoraConfig(target_modules=ALL if part == "unet" else TEXT, **options), adapter_name="it")
-        for name, p in net.named_parameters():
-            if "lora_magnitude" in name:
-                p.data.mul_(1 + 0.3 * torch.rand_like(p))
-            elif "lora_" in name:
-                p.data.normal_(std=0.3)
+        draw(net)
+
+
+def draw(net):
+    for name, p in net.named_parameters():
+        if "lora_magnitude" in name:
+            p.data.mul_(1 + 0.3 * torch.rand_like(p))
+        elif "lora_" in name:
+            p.data.normal_(std=0.3)
 
 
 def state(reference, part):
@@ -246,7 +250,15 @@ CONFIGS = {
         "r": 4,
         "lora_alpha": 6,
         "rank_pattern": {"to_q": 2, "mid_block.*conv1": 3},
-        "alpha_pattern": {"to_q": 3, "fc1": 1.5, "^mid_block.*to_k": 9, "layers.1.self_attn.q_proj": 2, "proj": 5},
+        "alpha_pattern": {  # the first that matches counts; files have them sorted
+            "^encoder.layers.0.self_attn.k_proj": 8,
+            "^mid_block.*to_k": 9,
+            "attn2.to_q": 7,
+            "fc1": 1.5,
+            "layers.1.self_attn.q_proj": 2,
+            "proj": 5,
+            "to_q": 3,
+        },
     },
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
@@ -284,11 +296,7 @@ def test_what_peft_writes(sd1, part, config, pipe, tmp_path):
     torch.manual_seed(5)
     wrapped = get_peft_model(net, LoraConfig(target_modules=ALL if part == "unet" else TEXT, **CONFIGS[config]))
     try:
-        for name, p in wrapped.named_parameters():
-            if "lora_magnitude" in name:
-                p.data.mul_(1 + 0.3 * torch.rand_like(p))
-            elif "lora_" in name:
-                p.data.normal_(std=0.3)
+        draw(wrapped)
         wrapped.save_pretrained(tmp_path)
         lora = pipe.load_lora(tmp_path / "adapter_model.safetensors")
         assert len(lora.changes) > 10
@@ -437,6 +445,17 @@ def test_a_1x1_convolution_is_a_matrix(shape, layer, pipe, tmp_path):
     tensors = {"lora_up.weight": up.reshape(*up.shape, *shape), "lora_down.weight": down.reshape(*down.shape, *shape)}
     pipe.load_lora(to_file(key, tensors, tmp_path / "lora.safetensors"))
     assert_weight(weight, w + (up @ down).reshape(w.shape))  # without alpha the scale is 1
+
+
+def test_dora_where_nothing_is_left(pipe, tmp_path):
+    """An output that the change cancels has no direction, and stays 0."""
+    key, weight = one(pipe, "linear")
+    w = weight.double().numpy()
+    f, dw, _ = lora(*w.shape, (), 3)
+    dw[4], f["lora_up.weight"][4], weight.data[4] = 0, 0, 0
+    m = np.abs(drawn(len(w), 1))
+    pipe.load_lora(to_file(key, f | {"dora_scale": m}, tmp_path / "lora.safetensors"))
+    assert (weight[4] == 0).all()
 
 
 def test_alpha_of_each(pipe, tmp_path):
@@ -745,7 +764,6 @@ HEADERS = {
     "{": "lora_adapter_metadata in its header is no JSON object",
     '{"unet.lora_alpha": "4"}': "lora_alpha is '4', but this version only does numbers",
     '{"unet.r": 4}': "lora_alpha is None",
-    '{"unet.lora_alpha": 4, "unet.peft_type": "LOHA"}': "peft_type is 'LOHA'",
     '{"unet.lora_alpha": 4, "unet.use_rslora": 1}': "use_rslora is 1",
     '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 2}}': "alpha_pattern is .*regular expressions",
     '{"unet.lora_alpha": 4, "unet.alpha_pattern": [2]}': "alpha_pattern is ",
