@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -25,6 +25,9 @@ from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedu
 from ldm.settings import Settings
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE
+
+if TYPE_CHECKING:
+    from ldm.lora import Lora
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
 
@@ -74,6 +77,7 @@ class Pipeline:
         self.text_encoder_2 = text_encoder_2
         self.tokenizer_2 = tokenizer_2
         self.zero_negative = zero_negative
+        self.loras: list[Lora] = []
 
     @classmethod
     def from_pretrained(
@@ -132,6 +136,18 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> "Lora":
+        """Merge a LoRA (safetensors: kohya's, LyCORIS', diffusers' or PEFT's) into the UNet and the text encoders.
+
+        The `Lora` that it returns joins `pipe.loras`: set its `scale` to merge it anew, `remove()` it to have the
+        weights as they were, bitwise. Raises CheckpointError if anything in the file does not fit this model, and
+        ValueError for a scale that is not a finite number; nothing has changed then.
+        """
+        from ldm.lora import load
+
+        nets = {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return load(path, scale, {part: net for part, net in nets.items() if net is not None}, self.loras)
 
     def __call__(
         self,
