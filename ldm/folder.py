@@ -105,11 +105,6 @@ KINDS = {
     int: "whole numbers from 1 to 999,999",
     float: "numbers above 0, below 1,000,000",
 }
-    bool: "true or false",
-    str: "text",
-    int: "whole numbers from 1 to 999,999",
-    float: "numbers above 0, below 1,000,000",
-}
 
 
 class Embedded(NamedTuple):

@@ -171,3 +171,8 @@ def official_tensors(pipe):
     for name in [name for name in tensors if name.endswith(".text_projection.T")]:
         tensors[name.removesuffix(".T")] = tensors.pop(name).T.contiguous()
     return {name: p[..., None, None] if ".attn_1." in name and p.ndim == 2 else p for name, p in tensors.items()}
+
+
+def assert_close(a, b):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= 1e-3

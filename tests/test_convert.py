@@ -13,7 +13,7 @@ from diffusers import logging as diffusers_logging
 from family import MODELS, official_tensors, ours, reference, saved, theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_models import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse
+from synthetic import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse
 
 import ldm
 from ldm import models, save

@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
-from family import MODELS, contiguous, ours, photo, reference, saved, theirs
+from family import MODELS, assert_close, contiguous, ours, photo, reference, saved, theirs
 from PIL import Image
 
 SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
@@ -43,11 +43,6 @@ def from_image(pipe):
     other = (StableDiffusionXLImg2ImgPipeline if xl else StableDiffusionImg2ImgPipeline)(**pipe.components)
     other.set_progress_bar_config(disable=True)
     return other
-
-
-def assert_close(a, b):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= TOLERANCE
 
 
 def texts_cut(pipe, clip_skip):

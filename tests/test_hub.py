@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
+from family import REFINER, XL, xl
 from safetensors.torch import save_file
 from synthetic import diffusers_pipeline
-from test_models import REFINER, XL, xl
 
 import ldm
 from ldm import hub

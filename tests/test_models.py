@@ -13,9 +13,24 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
-from family import REFINER, SD1_INPAINT, SD2, SD2_V, XL, ZERO_SNR, official_tensors, ours, saved, sd, theirs, xl
+from family import (
+    REFINER,
+    SD1_INPAINT,
+    SD2,
+    SD2_V,
+    XL,
+    ZERO_SNR,
+    assert_close,
+    official_tensors,
+    ours,
+    saved,
+    sd,
+    theirs,
+    xl,
+)
 from PIL import Image
 from safetensors.torch import save_file
+from synthetic import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse
 
 import ldm
 from ldm import checkpoint, models
@@ -26,50 +41,6 @@ KEYS = Path(__file__).parent / "keys"
 
 
 # Layouts of the official files
-
-
-def sparse(path, shapes):
-    """A safetensors file of float16 zeros, all of whose data are a hole: no space on the disk, whatever its size."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
-LAYOUTS = {  # the row, and how many tensors its nets have
-    "sd15": ("SD 1.x", 1130),
-    "sd15_inpaint": ("SD 1.x inpainting", 1130),
-    "sd2": ("SD 2.x", 1306),
-    "sdxl_base": ("SDXL base", 2641),
-    "sdxl_refiner": ("SDXL refiner", 1985),
-}
-KINDS = ("weight", "bias")
-BUFFERS = {name for name in json.loads((KEYS / "sd15.json").read_text()) if "." not in name}
-OTHERS = {  # the tensors that no net asks for, but the buffers
-    "sd15": {"cond_stage_model.transformer.text_model.embeddings.position_ids"},
-    "sd15_inpaint": {"cond_stage_model.transformer.text_model.embeddings.position_ids"},
-    "sd2": {"cond_stage_model.model.logit_scale"},
-    "sdxl_base": {
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
-        "conditioner.embedders.1.model.logit_scale",
-    },
-    "sdxl_refiner": {"conditioner.embedders.0.model.logit_scale"},
-}
-LAST = "cond_stage_model.model.transformer.resblocks.23."
-UNUSED = {
-    "sd2": {"cond_stage_model.model.text_projection"}
-    | {
-        LAST + f"{part}.{kind}"
-        for part in ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
-        for kind in KINDS
-    }
-    | {LAST + f"attn.in_proj_{kind}" for kind in KINDS}
-}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not say whether it predicts")
@@ -143,11 +114,6 @@ def test_the_prediction_of_sd2_is_a_guess_and_said_to_be_one(spread, guess, tmp_
 
 
 # Whole runs beside diffusers
-
-
-def assert_close(a, b):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= 1e-3
 
 
 CAT, RED = "a cat", "the red"

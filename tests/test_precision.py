@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 import ldm
 from ldm import checkpoint
-from ldm.checkpoint import CONV_IN, NETS, load
+from ldm.checkpoint import NETS, load
+from ldm.models import CONV_IN
 
 CAT, RED = "a cat", "the red"
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from family import REFINER, SD2, XL, ours, sd, theirs, xl
+from family import REFINER, SD2, XL, assert_close, ours, sd, theirs, xl
 from safetensors.torch import load_file, save_file
-from test_models import assert_close
 
 import ldm
 from ldm.clip import Tokenizer
