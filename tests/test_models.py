@@ -50,15 +50,14 @@ def test_the_tables_are_a_bijection(layout, tmp_path, monkeypatch):
     file = sparse(tmp_path / "model.safetensors", shapes)
     name, count = LAYOUTS[layout]
     model = next(model for row, _, model in models.OFFICIAL if row == name)
-    plans = {}
-    monkeypatch.setattr(
-        checkpoint, "check", lambda found, path, check=checkpoint.check: plans.update(found) or check(found, path)
-    )
-    parts = load(file)
+    opened = checkpoint.open_model(file)
+    assert opened.name == name
+    plans = checkpoint.make_plans(opened.model, opened.sources)
+    checkpoint.check(plans, file)
     for part in checkpoint.NETS:
-        net, config = getattr(parts, part), getattr(model, part)
-        assert (net is None) == (config is None)
-        assert net is None or net.config == config
+        config = getattr(model, part)
+        assert (part in plans) == (config is not None)
+        assert config is None or plans[part].net.config == config
     asked = [theirs for plan in plans.values() for theirs in plan.theirs.values()]
     assert len(asked) == len(set(asked)) == count
     source = next(iter(plans.values())).source

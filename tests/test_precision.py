@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ldm
-from ldm import checkpoint
+from ldm import checkpoint, models
 from ldm.checkpoint import NETS, load
 from ldm.models import CONV_IN
 
@@ -41,7 +41,7 @@ def test_every_bit_is_loaded(kind, dtype, layout, tmp_path, monkeypatch):
     else:
         path = tmp_path / "tiny.safetensors"
         tensors = {name: p.contiguous() for name, p in official_tensors(nets).items()}
-        monkeypatch.setattr(checkpoint, "OFFICIAL", (("tiny", {CONV_IN: tuple(tensors[CONV_IN].shape)}, model),))
+        monkeypatch.setattr(models, "OFFICIAL", (("tiny", {CONV_IN: tuple(tensors[CONV_IN].shape)}, model),))
         monkeypatch.setattr(checkpoint, "official_tokenizer", lambda text: None)  # takes most of the time
         save_file(tensors, path)
     own, upcast = load(path), load(path, dtype=torch.float32)
