@@ -44,6 +44,15 @@ def open_image(option: str, file: Path | None) -> Image.Image | None:
         raise ValueError(f"{option} {file}: {error.strerror or 'not an image that Pillow can read'}") from error
 
 
+def scaled(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE. A file whose own name ends like a scale is one."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (Path(file), float(scale)) if file and not Path(text).exists() else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
 def generate(a: argparse.Namespace) -> None:
     """Make pictures from a prompt, and perhaps from a picture."""
     if a.output.suffix.lower() != ".png":
@@ -76,12 +85,18 @@ def generate(a: argparse.Namespace) -> None:
         emphasis=None if a.emphasis == "off" else a.emphasis,
     )
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
-    pipe = Pipeline.from_pretrained(a.model, vae=a.vae, prediction_type=a.prediction_type, **where)
+    own: dict[str, Any] = {"vae": a.vae, "prediction_type": a.prediction_type, "revision": a.revision}
+    pipe = Pipeline.from_pretrained(a.model, **own, **where)
+    for file in a.embedding:
+        pipe.load_embedding(file)
+    for file, scale in a.lora:
+        pipe.load_lora(file, scale)
     if a.refiner is not None:
         settings = replace(settings, refiner=Pipeline.from_pretrained(a.refiner, **where))
     extra = {} if a.dtype == "float32" else {"Precision": a.dtype}
     files = {"VAE": a.vae, "Init image": a.image, "Mask": a.mask}
-    extra |= {key: file.name for key, file in files.items() if file}
+    extra |= {key: Path(file).name for key, file in files.items() if file}
+    extra |= {"Lora": ", ".join(f"{file.stem}: {scale:g}" for file, scale in a.lora)} if a.lora else {}
     extra |= {"Prediction type": a.prediction_type} if a.prediction_type else {}
     out = pipe.run(settings, progress=not a.quiet)
     for i, image in enumerate(out.images):
@@ -145,9 +160,12 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
     p.add_argument("--strength", type=float, default=0.75, help="0 keeps the image, 1 replaces it (default 0.75)")
     p.add_argument("--mask", type=Path, metavar="FILE", help="white where the image is to be repainted")
-    p.add_argument("--model", type=Path, metavar="PATH", help="a .safetensors file or a folder (default: emoji-64)")
-    p.add_argument("--vae", type=Path, metavar="PATH", help="a VAE that replaces the model's own")
-    p.add_argument("--refiner", type=Path, metavar="PATH", help="a model that does the last steps, as SDXL's refiner")
+    p.add_argument("--model", help="a .safetensors file, a folder, or OWNER/NAME on the hub (default: emoji-64)")
+    p.add_argument("--revision", help="of a model on the hub: a branch, tag or commit (default: main)")
+    p.add_argument("--vae", metavar="MODEL", help="a VAE that replaces the model's own")
+    p.add_argument("--lora", type=scaled, action="append", default=[], metavar="FILE[:SCALE]", help="may be repeated")
+    p.add_argument("--embedding", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    p.add_argument("--refiner", metavar="MODEL", help="a model that does the last steps, as SDXL's refiner")
     p.add_argument("--refiner-start", type=float, default=0.8, metavar="SHARE", help="where it begins (default 0.8)")
     pair: dict[str, Any] = {"type": int, "nargs": 2}
     p.add_argument("--original-size", **pair, metavar=("H", "W"), help="SDXL's size conditioning")

@@ -17,7 +17,7 @@ from ldm.vae import VAE, VAEConfig
 EMA = re.compile(r"model_ema\..*")
 BITS = re.compile(r"\d+")  # in the name of a dtype: BF16, F8_E4M3
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}  # by the width of the text
-READS_TEXT = re.compile(r".*attn2[._](processor\.)?to_k(_lora)?\b.*(down\.weight|lora_A\..*|hada_w1_b|to_k\.weight)")
+READS_TEXT = re.compile(r".*attn2[._](processor\.)?to_k(_lora)?\.(weight|.*(down\.weight|lora_A\..*|hada_w1_b))")
 
 # LoRA files: by which names to tell the kind, the rank, and what is changed.
 ALGORITHMS = {"LoHa": r".*\.hada_.*", "LoKr": r".*\.lokr_.*", "DoRA": r".*\.(dora_scale|lora_magnitude_vector.*)"}
@@ -90,17 +90,19 @@ def inspect(path: str | Path) -> Report:
         return model_report(path, None)
     source = folder.weights(path, None) if path.is_dir() else Source(path, [path])
     finding = identify(source.shapes)
-    if finding.kind == "model" or "model_index.json" in source.metadata:
+    if finding.kind in ("model", "unknown") or "model_index.json" in source.metadata:
         return model_report(path, finding)
     report = basic(path, [source], finding)
     match finding.kind:
         case "VAE":
             return vae_report(report, source, folder.vae_config(path) if path.is_dir() else SD1.vae)
         case "LoRA":
-            return replace(report, name=lora_name(source), parts=lora_parts(source), python=f'pipe.load_lora("{path}")')
+            python = f'pipe.load_lora("{path}")'
+            return replace(report, name=lora_name(source), parts=lora_parts(source), python=python, problem="")
         case "embedding":
             sizes = " and ".join(f"{name} {shape}" for name, shape in source.shapes.items())
-            return replace(report, name=f"vectors: {sizes}", python=f'pipe.load_embedding("{path}")')
+            python = f'pipe.load_embedding("{path}")'
+            return replace(report, name=f"vectors: {sizes}", python=python, problem="")
         case "UNet" | "text encoder" if family := family_of(source):
             return replace(report, name=f"{finding.name}, of {family}")
     return report
@@ -155,11 +157,11 @@ def model_report(path: Path, finding: Finding | None) -> Report:
         missing=tuple(problems.get("missing", ())),
         unexpected=tuple(line for kind, lines in problems.items() if kind != "missing" for line in lines),
         problem=problem,
-        python=python(path, opened, absent) if not problem or absent == ["vae"] else "",
+        python=load_line(path, opened, absent) if not problem or absent == ["vae"] else "",
     )
 
 
-def python(path: Path, opened: Opened, absent: list[str]) -> str:
+def load_line(path: Path, opened: Opened, absent: list[str]) -> str:
     arguments = f'"{path}"' + (", vae=VAE_FILE" if absent else "")
     if opened.prediction_from.startswith("a guess"):
         arguments += f', prediction_type="{opened.model.scheduler["prediction_type"]}"'
