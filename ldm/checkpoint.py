@@ -375,4 +375,4 @@ def find_problems(plans: Mapping[str, Plan]) -> dict[str, list[str]]:
 
 def listing(kind: str, lines: list[str]) -> str:
     rest = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
-    return f"\n{len(lines)} {kind}:" + "".join(f"\n  {line}" for line in lines[:5] + rest)
+    return f"\n{len(lines)} {kind}:" + "".join(f"\n  {line[:500]}" for line in lines[:5] + rest)

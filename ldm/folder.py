@@ -323,7 +323,8 @@ def weights(part: Path, dtype: torch.dtype | None) -> Source:
 def shards_of(index: Path) -> list[str]:
     c = {"weight_map": None} | read_json(index)
     files = c["weight_map"].values() if isinstance(c["weight_map"], dict) else []
-    accept(index, c, "weight_map", like(list(files), [""]), "an object of tensors and the files they are in")
+    beside = like(list(files), [""]) and all(file == Path(file).name for file in files)
+    accept(index, c, "weight_map", beside, "an object of tensors and the files beside it that they are in")
     return sorted(set(files))
 
 
@@ -360,7 +361,9 @@ def like(value: Any, default: Any) -> bool:
 
 def accept(where: Folder, config: Mapping, field: str, good: bool, accepted: Any) -> None:
     if not good:
-        raise CheckpointError(f"{where}: {field} is {config[field]!r}, but this version only does {accepted}")
+        given = repr(config[field])
+        given = given if len(given) <= 200 else f"{given[:200]}..."
+        raise CheckpointError(f"{where}: {field} is {given}, but this version only does {accepted}")
 
 
 def read_json(path: Folder) -> dict[str, Any]:

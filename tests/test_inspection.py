@@ -14,6 +14,7 @@ import ldm
 from ldm import models
 from ldm.__main__ import main
 from ldm.checkpoint import CheckpointError
+from ldm.convert import convert
 from ldm.models import OFFICIAL, OTHERS
 from ldm.pipeline import DEFAULT_MODEL
 
@@ -265,7 +266,7 @@ def test_edm_flag(tmp_path):
 def test_folders(kind, tmp_path):
     """What it says of a folder that diffusers wrote, and of the same as a single file."""
     saved(reference(MODELS[kind], reference_sampler()), tmp_path / "model")
-    ldm.convert.convert(tmp_path / "model", tmp_path / "model.safetensors")
+    convert(tmp_path / "model", tmp_path / "model.safetensors")
     folder, file = (ldm.inspect(tmp_path / name) for name in ("model", "model.safetensors"))
     for report in (folder, file):
         assert (report.kind, report.problem, report.missing, report.unexpected) == ("model", "", (), ())
@@ -283,7 +284,7 @@ def reference_sampler():
 
 
 def test_broken_folder(tmp_path):
-    ldm.convert.convert(DEFAULT_MODEL, tmp_path / "model")
+    convert(DEFAULT_MODEL, tmp_path / "model")
     (tmp_path / "model" / "unet" / "config.json").write_text("{")
     report = ldm.inspect(tmp_path / "model")
     assert report.kind == "model" and "config.json is not JSON" in report.problem and not report.python
