@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sd_parsers import ParserManager
 
 import ldm
@@ -83,6 +84,36 @@ def test_several(pipe, capsys):
         "4",
         "5",
     ]
+
+
+def test_lora_and_embedding(pipe, tmp_path):
+    to_q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    width = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
+    loras = [str(tmp_path / "a.safetensors"), str(tmp_path / "b:2")]  # the second is a file whose name ends so
+    for file in loras:
+        down, up = torch.randn(4, width), torch.randn(width, 4)
+        save_file({f"{to_q}.lora_down.weight": down, f"{to_q}.lora_up.weight": up}, file)
+    word = str(tmp_path / "wowza.safetensors")
+    save_file({"emb_params": torch.randn(2, pipe.text_encoder.config.width)}, word)
+    options = ["--lora", f"{loras[0]}:0.5", "--lora", loras[1], "--embedding", word]
+    main(["wowza", "-o", "x.png", "--steps", "2", *options])
+    other = ldm.Pipeline.from_pretrained()
+    assert other.load_embedding(word) == "wowza"
+    other.load_lora(loras[0], 0.5)
+    other.load_lora(loras[1])
+    assert pixels("x.png") == pixels(other("wowza", steps=2, progress=False).images[0])
+    assert pixels("x.png") != pixels(pipe("wowza", steps=2, progress=False).images[0])
+    assert 'Lora: "a: 0.5, b:2: 1"' in Image.open("x.png").text["parameters"]
+    with pytest.raises(SystemExit, match=r"ldm: error: none.safetensors does not exist"):
+        main(["wowza", "--lora", "none.safetensors:0.5"])
+
+
+def test_convert(capsys, tmp_path):
+    main(["convert", str(DEFAULT_MODEL), "x.safetensors", "--dtype", "bfloat16"])
+    assert capsys.readouterr().out == "x.safetensors\n"
+    assert ldm.inspect("x.safetensors").dtypes == {"BF16": 550}
+    with pytest.raises(SystemExit, match=r"ldm: error: x.safetensors exists: remove it, or give another name"):
+        main(["convert", str(DEFAULT_MODEL), "x.safetensors"])
 
 
 def test_nothing_is_written_over(capsys):
