@@ -4,6 +4,7 @@ The named cases are what people meet; the generated ones, 10,000 in all, are wha
 under a limit of time and of memory beyond what the process had.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -60,6 +61,12 @@ def tiny(monkeypatch):
     """The tiny model is known by a row of its own, and needs no official tokenizer, which takes long to make."""
     monkeypatch.setattr(models, "OFFICIAL", (*models.OFFICIAL, TINY_ROW))
     monkeypatch.setattr(checkpoint, "official_tokenizer", lambda text: None)
+
+
+@pytest.fixture(autouse=True)
+def trimmed():
+    """What earlier tests have freed goes back to the system: else it would be had again without the process growing."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

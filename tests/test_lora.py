@@ -3,25 +3,25 @@
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import permutations
 
+import family
 import numpy as np
 import pytest
-import test_models as models
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from synthetic import KEYS
 from torch import nn
 
 import ldm
-from ldm import checkpoint
+from ldm import checkpoint, models
 from ldm.lora import Change, spelled, spellings, split
 from ldm.source import CheckpointError
 from ldm.unet import vector_embedding
 from ldm.unet.keys import official_name
 
-SD1 = replace(models.SD1_INPAINT, unet=replace(models.SD1_INPAINT.unet, in_channels=4))
+SD1 = family.SD1
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 ALL = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 ALL += ["conv_in", "time_emb_proj", "linear_1", "conv_shortcut", "conv"]
@@ -39,7 +39,7 @@ def xl(tmp_path_factory):
 
 
 def made(kind, tmp_path_factory):
-    reference = models.xl(models.XL, add_watermarker=False) if kind == "SDXL" else models.sd(SD1)
+    reference = family.xl(family.XL) if kind == "SDXL" else family.sd(SD1)
     if kind == "SD 1":
         object.__delattr__(reference.text_encoder, "text_model")  # a stand-in, by which diffusers' loader would go
     reference.set_progress_bar_config(disable=True)
@@ -78,7 +78,7 @@ def kohya(part, path, config=None, te="te1"):
 
 def up_down(weight, rank=3):
     out, into, *kernel = weight.shape
-    up, down = 0.3 * torch.randn(out, rank, *[1] * len(kernel)), 0.3 * torch.randn(rank, into, *kernel)
+    up, down = 0.15 * torch.randn(out, rank, *[1] * len(kernel)), 0.15 * torch.randn(rank, into, *kernel)
     return up, down
 
 
@@ -137,9 +137,9 @@ def assert_parity(pipe, reference, parts=(*PARTS, "pooled")):
 
 
 def assert_same_run(pipe, reference):
-    common = {"prompt": models.CAT, "negative_prompt": models.RED, "steps": 3}
+    common = {"prompt": "a cat", "negative_prompt": "the red", "steps": 3}
     sampler = "ddim" if pipe.text_encoder_2 is None else "euler"
-    models.assert_close(models.ours(pipe, sampler=sampler, **common), models.theirs(reference, **common))
+    family.assert_close(family.ours(pipe, sampler=sampler, **common), family.theirs(reference, **common))
 
 
 # Beside diffusers
@@ -237,7 +237,7 @@ def draw(net):
         if "lora_magnitude" in name:
             p.data.mul_(1 + 0.3 * torch.rand_like(p))
         elif "lora_" in name:
-            p.data.normal_(std=0.3)
+            p.data.normal_(std=0.15)
 
 
 def state(reference, part):
@@ -800,7 +800,7 @@ def on_meta(model):
 @pytest.mark.parametrize("model", ["SD1", "SD2", "SDXL", "REFINER"])
 def test_the_names_are_a_bijection(model):
     """No name means two weights, and every weight has all its names."""
-    nets = on_meta(getattr(checkpoint, model))
+    nets = on_meta(getattr(models, model))
     layers = {
         (part, path): module
         for part, net in nets.items()
@@ -825,8 +825,8 @@ def test_the_names_are_a_bijection(model):
 @pytest.mark.parametrize(("model", "layout"), [("SD1", "sd15"), ("SD2", "sd2"), ("SDXL", "sdxl_base")])
 def test_official_names(model, layout):
     """Of all layers in the list of the official file, flattened, and of no other."""
-    shapes = json.loads((models.KEYS / f"{layout}.json").read_text())
-    prefix, table = "model.diffusion_model.", spelled(on_meta(getattr(checkpoint, model)))
+    shapes = json.loads((KEYS / f"{layout}.json").read_text())
+    prefix, table = "model.diffusion_model.", spelled(on_meta(getattr(models, model)))
     layers = {name: shape for name, shape in shapes.items() if name.startswith(prefix) and len(shape) > 1}
     names = {
         "lora_unet_" + name.removeprefix(prefix).removesuffix(".weight").replace(".", "_"): shape
@@ -839,7 +839,7 @@ def test_official_names(model, layout):
 
 def test_names_as_they_are_in_files():
     """Written out: the same layer under its names."""
-    table = spelled(on_meta(checkpoint.SDXL))
+    table = spelled(on_meta(models.SDXL))
     same = {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0": (
             "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
@@ -872,4 +872,4 @@ def test_names_as_they_are_in_files():
             assert table[name].path == path, name
     # Of two text encoders a name without theirs would mean either.
     assert "base_model.model.text_model.encoder.layers.0.mlp.fc1" not in table
-    assert "base_model.model.encoder.layers.0.mlp.fc1" in spelled(on_meta(checkpoint.SD1))
+    assert "base_model.model.encoder.layers.0.mlp.fc1" in spelled(on_meta(models.SD1))
