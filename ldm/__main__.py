@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -109,6 +110,9 @@ def verify_(a: argparse.Namespace) -> None:
     for result in rows:
         print(result, flush=True)
         results.append(result)
+    for weights in dict.fromkeys(result.weights for result in results):
+        count = Counter(result.passed for result in results if result.weights == weights)
+        print(f"{weights}: {count[True]} passed, {count[False]} failed, {count[None]} not run")
     names = matches(results)
     if not names:
         sys.exit("ldm: of no weights could rows be run and all passed")
@@ -181,7 +185,12 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-VERBS = {generate: generate_arguments, inspect_: inspect_arguments, convert_: convert_arguments, verify_: verify_arguments}
+VERBS = {
+    generate: generate_arguments,
+    inspect_: inspect_arguments,
+    convert_: convert_arguments,
+    verify_: verify_arguments,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from ldm.samplers import ALIASES, SAMPLERS
 from ldm.settings import Settings
 
 REFERENCES = Path(__file__).with_suffix(".json")
-WIDTHS = 40, 18, 18, 25, 25, 10, 9
+WIDTHS = 36, 17, 18, 25, 25, 10, 9, 0
 HEADER = ("case", "weights", "sampler", "expected", "got", "difference", "tolerance", "result")
 
 Row = Mapping[str, Any]
@@ -66,8 +66,7 @@ class Result:
 
 
 def line(*cells: str) -> str:
-    *cells, last = cells
-    return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + f" {last}"
+    return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
 
 
 def verify(
@@ -83,16 +82,21 @@ def verify(
     Raises ValueError for a model that has no reference outputs, and what loading raises.
     """
     path = DEFAULT_MODEL if path is None else path
-    report, groups = inspect(path), json.loads(references.read_text("utf-8"))["groups"]
-    fitting = [g for g in groups if all(getattr(report, field) == value for field, value in g["model"].items())]
-    if not fitting:
-        what = " ".join(filter(None, [report.name, report.prediction_type]))
-        known = ", ".join(group["weights"] for group in groups)
-        raise ValueError(f"{path} is {what}: there are no published outputs for this model, but for {known}")
-    rows = [(group["weights"], row) for group in fitting for row in group["rows"]]
+    rows = [(group["weights"], row) for group in groups_for(path, references) for row in group["rows"]]
     rows.sort(key=lambda pair: list(KINDS).index(pair[1]["kind"]))
     pipe = Pipeline.from_pretrained(path, device=device)
     return (run(pipe, weights, row, None if inputs is None else Path(inputs)) for weights, row in rows)
+
+
+def groups_for(path: str | Path, references: Path = REFERENCES) -> list[dict[str, Any]]:
+    """Those that a model's headers and configs allow."""
+    report, groups = inspect(path), json.loads(references.read_text("utf-8"))["groups"]
+    fitting = [g for g in groups if all(getattr(report, field) == value for field, value in g["model"].items())]
+    if not fitting:
+        what = ", ".join(filter(None, [report.kind, report.name, report.prediction_type]))
+        known = ", ".join(group["weights"] for group in groups)
+        raise ValueError(f"{path} ({what}): there are no published outputs for this model, but for {known}")
+    return fitting
 
 
 def matches(results: list[Result]) -> list[str]:
@@ -103,7 +107,7 @@ def matches(results: list[Result]) -> list[str]:
 
 @torch.no_grad()
 def run(pipe: Pipeline, weights: str, row: Row, inputs: Path | None) -> Result:
-    name = row.get("sampler", "")
+    name: str = row.get("sampler", "")
     sampler, expected = ALIASES.get(name, name), torch.tensor(row["expected"])
     shown = sampler.removesuffix("Scheduler")
     result = Result(row["case"], weights, shown, tuple(row["expected"]), row["tolerance"])
