@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldm.parameters import parameters
 from ldm.pipeline import Pipeline
 from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
 from ldm.settings import Settings
+from ldm.verify import HEADER, line, matches, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,6 +118,22 @@ def convert_(a: argparse.Namespace) -> None:
     print(a.target)
 
 
+def verify_(a: argparse.Namespace) -> None:
+    """Rerun published reference outputs on a model's own weights, and say whose outputs they give."""
+    rows, results = verify(a.model, a.inputs, a.device), []
+    print(line(*HEADER))
+    for result in rows:
+        print(result, flush=True)
+        results.append(result)
+    for weights in dict.fromkeys(result.weights for result in results):
+        count = Counter(result.passed for result in results if result.weights == weights)
+        print(f"{weights}: {count[True]} passed, {count[False]} failed, {count[None]} not run")
+    names = matches(results)
+    if not names:
+        sys.exit("ldm: of no weights could rows be run and all passed")
+    print(f"these weights give the outputs recorded from {' and '.join(names)}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="ldm", description=__doc__, epilog="`ldm VERB --help` lists a verb's arguments")
     verbs = top.add_subparsers(dest="verb", required=True)
@@ -135,6 +153,12 @@ def convert_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("target", type=Path, help="what to write; it must not exist yet")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="where the model does not say")
+
+
+def verify_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path, nargs="?", help="a .safetensors file or a folder (default: emoji-64)")
+    p.add_argument("--inputs", type=Path, metavar="FOLDER", help="with the files that rows ask for, by their names")
+    p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
 def generate_arguments(p: argparse.ArgumentParser) -> None:
@@ -179,7 +203,12 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-VERBS = {generate: generate_arguments, inspect_: inspect_arguments, convert_: convert_arguments}
+VERBS = {
+    generate: generate_arguments,
+    inspect_: inspect_arguments,
+    convert_: convert_arguments,
+    verify_: verify_arguments,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
