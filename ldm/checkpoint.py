@@ -22,7 +22,7 @@ from ldm import folder, hub, models
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
-from ldm.source import CheckpointError, Source
+from ldm.source import FLOATS, CheckpointError, Source
 from ldm.unet import VECTOR_NUMBERS, UNet
 from ldm.vae import VAE, VAEConfig
 
@@ -66,8 +66,6 @@ GUESS = "a guess"
 
 # Where the text encoders of official files stand. Each has a place of its own, see Model.prefixes.
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass

@@ -302,12 +302,21 @@ def from_tokenizer_json(path: Folder, length: int, pad: str) -> Tokenizer:
     return Tokenizer(model["vocab"], pairs, length, pad)
 
 
-def weights(part: Path, dtype: torch.dtype | None) -> Source:
-    """The weights of a part. Of a full and a half precision variant the half one is taken for float16 alone."""
-    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
+def stem_of(part: str) -> str:
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def weight_names(stem: str, dtype: torch.dtype | None) -> list[str]:
+    """The files in which a part's weights may be, those that are rather taken first."""
     full = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
     half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-    names = half + full if dtype == torch.float16 else full + half
+    return half + full if dtype == torch.float16 else full + half
+
+
+def weights(part: Path, dtype: torch.dtype | None) -> Source:
+    """The weights of a part. Of a full and a half precision variant the half one is taken for float16 alone."""
+    stem = stem_of(part.name)
+    names = weight_names(stem, dtype)
     for path in (part / name for name in names):
         if path.is_file():
             index = path.suffix == ".json"

@@ -14,8 +14,6 @@ from ldm import folder
 from ldm.source import PICKLES, CheckpointError
 
 NAME = re.compile(r"(?!.*(--|\.\.))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)  # the hub's own rule
-VAE = "diffusion_pytorch_model"
-STEMS = {"unet": VAE, "vae": VAE, "text_encoder": "model", "text_encoder_2": "model"}
 REASONS = {  # by the names of huggingface_hub's errors, those that inherit from others first
     "GatedRepoError": "its owner grants access: ask on the repository's page, then log in with `hf auth login`",
     "RepositoryNotFoundError": "it is not there (nor is such a path here), or is private: then `hf auth login` first",
@@ -39,12 +37,12 @@ def fetch_model(name: str, revision: str | None, dtype: torch.dtype | None, own_
     """
     repository = Repository(name, revision, "model_index.json")
     parts = {part for part, what in folder.read_index(repository.folder).items() if what != [None, None]}
-    for part, stem in STEMS.items():
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if part == "vae" and not own_vae:
             repository.fetch("vae/config.json", needed=False)  # a single file in its place has none
         elif part in parts:
             repository.fetch(f"{part}/config.json")
-            repository.fetch_weights(f"{part}/", stem, dtype)
+            repository.fetch_weights(f"{part}/", dtype)
     for part in parts & {"tokenizer", "tokenizer_2"}:
         files = ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
         *_, vocab, merges = [repository.fetch(f"{part}/{file}", needed=False) for file in files]
@@ -57,7 +55,7 @@ def fetch_model(name: str, revision: str | None, dtype: torch.dtype | None, own_
 def fetch_vae(name: str, dtype: torch.dtype | None) -> Path:
     """The same for a repository that is a VAE, of its main branch."""
     repository = Repository(name, None, "config.json")
-    repository.fetch_weights("", VAE, dtype)
+    repository.fetch_weights("", dtype)
     return repository.folder
 
 
@@ -93,16 +91,15 @@ class Repository:
             raise self.error(f"it has no {path}, and cannot be loaded without: give another revision or repository")
         return None
 
-    def fetch_weights(self, prefix: str, stem: str, dtype: torch.dtype | None) -> None:
+    def fetch_weights(self, prefix: str, dtype: torch.dtype | None) -> None:
         """Those that `ldm.folder.weights` will take."""
-        full = [f"{prefix}{stem}.safetensors", f"{prefix}{stem}.safetensors.index.json"]
-        half = [f"{prefix}{stem}.fp16.safetensors", f"{prefix}{stem}.safetensors.index.fp16.json"]
-        for name in half + full if dtype == torch.float16 else full + half:
+        names = [prefix + name for name in folder.weight_names(folder.stem_of(prefix), dtype)]
+        for name in names:
             if path := self.fetch(name, needed=False):
                 for shard in folder.shards_of(path) if path.suffix == ".json" else []:
                     self.fetch(prefix + shard)
                 return
-        raise self.error(f"it has no weights that are loaded here; looked for {', '.join(full + half)}")
+        raise self.error(f"it has no weights that are loaded here; looked for {', '.join(names)}")
 
     def ask(self, what: str, call: Callable[..., Any], **arguments: Any) -> Any:
         """What the call returns, or None where the repository has no such file."""

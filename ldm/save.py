@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.clip import TextConfig
 from ldm.clip.tokenizer import END, Tokenizer
+from ldm.folder import stem_of
 from ldm.models import Model
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
@@ -40,8 +41,7 @@ def write_folder(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts:
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(text, encoding="utf-8")
         for part, values in tensors.items():
-            stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            write_file(new / part / f"{stem}.safetensors", values, {"format": "pt"})
+            write_file(new / part / f"{stem_of(part)}.safetensors", values, {"format": "pt"})
 
 
 @contextmanager

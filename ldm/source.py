@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 LONGEST_HEADER = 8_000_000  # bytes; SDXL's is 0.3 million, and reading one takes several times its size in memory
+FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes that weights may have
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.
 IGNORED = re.compile(

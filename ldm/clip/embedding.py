@@ -15,9 +15,8 @@ from torch import nn
 from ldm.clip.cleanup import clean
 from ldm.clip.text_encoder import TextEncoder
 from ldm.clip.tokenizer import Tokenizer
-from ldm.source import CheckpointError, Source
+from ldm.source import FLOATS, CheckpointError, Source
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 FAMILIES = {(768,): "SD 1", (1024,): "SD 2", (768, 1280): "SDXL", (1280,): "SDXL's second encoder alone"}
 SYNTAX = "()[]\\"  # of weights
 
