@@ -3,6 +3,7 @@
     webui's file    emb_params (n,width)                   the word is the file's name
     diffusers'      one tensor, (width,) or (n,width)      the word is the tensor's name, as <cat-toy>
     SDXL's pair     clip_l (n,768) and clip_g (n,1280)     the word is the file's name
+    or, diffusers'  two files, the second named *_2        the word is the tensors' name
 
 Each vector becomes a row at the end of the encoder's token table, with an id of its own.
 """
@@ -44,12 +45,17 @@ def load_embedding(path: Path, word: str | None, encoders: Encoders) -> str:
                 f"{path} has {len(found)} tensors{listed}. An embedding has one, emb_params or one named by its word,"
                 " or SDXL's two, clip_l and clip_g: give a file for each word"
             )
-    check_tensors(source, names, encoders)
+    places = [(source, name) for name in names]
+    second = path.with_name(f"{path.stem}_2{path.suffix}")
+    if len(encoders) == 2 and len(names) == 1 and second.is_file():
+        other = Source(second, [second])
+        places += [(other, name) for name in other.shapes]
+    check_tensors(places, encoders)
     word = own if word is None else word
     check_word(path, word, encoders)
 
     tables = []
-    for name, (_, encoder) in zip(names[-len(encoders) :], encoders, strict=True):
+    for (source, name), (_, encoder) in zip(places[-len(encoders) :], encoders, strict=True):
         table = token_table(encoder).weight.detach()
         vectors = source[name].to(table).reshape(-1, table.shape[1])  # (n,width)
         if not torch.isfinite(vectors).all():
@@ -67,14 +73,14 @@ def token_table(encoder: TextEncoder) -> nn.Embedding:
     return encoder.text_model.embeddings.token_embedding
 
 
-def check_tensors(source: Source, names: list[str], encoders: Encoders) -> None:
-    for name in names:
+def check_tensors(places: list[tuple[Source, str]], encoders: Encoders) -> None:
+    for source, name in places:
         shape, dtype = source.shapes[name], source.dtypes[name]
         if len(shape) not in (1, 2) or 0 in shape:
             raise CheckpointError(f"{source.where}: {name} is {shape}: accepted are (width,) and (vectors,width)")
         if dtype not in FLOATS:
             raise CheckpointError(f"{source.where}: {name} is {dtype}: accepted are {', '.join(FLOATS)}")
-    shapes = [(1, *source.shapes[name])[-2:] for name in names]
+    source, shapes = places[0][0], [(1, *source.shapes[name])[-2:] for source, name in places]
     theirs, ours = tuple(width for _, width in shapes), tuple(encoder.config.width for _, encoder in encoders)
     if theirs[-len(ours) :] != ours:
         raise CheckpointError(

@@ -84,6 +84,20 @@ class TestParity:
             assert (encoding.context - context).abs().max() <= CONTEXT * context.abs().max()
             assert (encoding.pooled - pooled).abs().max() <= CONTEXT * pooled.abs().max()
 
+    def test_pair_of_files_as_diffusers_writes_it(self, folders, file):
+        first, second = vectors(2, 24), vectors(2, 32)
+        pair = file(clip_l=first, clip_g=second)
+        file("learned_embeds_2", **{"<cat-toy>": second})
+        path = file("learned_embeds", **{"<cat-toy>": first})
+        pipe, other = pipeline(folders / "XL"), pipeline(folders / "XL")
+        assert pipe.load_embedding(path) == "<cat-toy>"
+        other.load_embedding(pair, word="<cat-toy>")
+        ours, theirs = (p.encode_text(["a <cat-toy>"]) for p in (pipe, other))
+        assert torch.equal(ours.context, theirs.context) and torch.equal(ours.pooled, theirs.pooled)
+        file("learned_embeds_2", **{"<cat-toy>": second, "b": second.clone()})
+        with pytest.raises(CheckpointError, match="has vectors of width 24 \\+ 32 \\+ 32"):
+            pipeline(folders / "XL").load_embedding(path)
+
     def test_whole_run(self, folders, file):
         style, negative = file("my-style", emb_params=vectors(2, 24)), file(**{"<bad>": vectors(3, 24)})
         pipe, reference = pipeline(folders / "SD"), sd(SD2)
