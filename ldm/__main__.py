@@ -55,6 +55,12 @@ def scaled(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def worded(text: str) -> tuple[str | None, Path]:
+    """FILE or WORD=FILE."""
+    word, _, file = text.rpartition("=")
+    return (word, Path(file)) if word and not Path(text).exists() else (None, Path(text))
+
+
 def generate(a: argparse.Namespace) -> None:
     """Make pictures from a prompt, and perhaps from a picture."""
     if a.output.suffix.lower() != ".png":
@@ -87,18 +93,24 @@ def generate(a: argparse.Namespace) -> None:
         emphasis=None if a.emphasis == "off" else a.emphasis,
     )
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
+    if a.vae_dtype is not None:
+        where["vae_dtype"] = DTYPES[a.vae_dtype]
     own: dict[str, Any] = {"vae": a.vae, "prediction_type": a.prediction_type, "revision": a.revision}
     pipe = Pipeline.from_pretrained(a.model, **own, **where)
-    for file in a.embedding:
-        pipe.load_embedding(file)
     for file, scale in a.lora:
         pipe.load_lora(file, scale)
     if a.refiner is not None:
         settings = replace(settings, refiner=Pipeline.from_pretrained(a.refiner, **where))
+    for word, file in a.embedding:
+        for reader in (pipe, settings.refiner):
+            if reader is not None:
+                reader.load_embedding(file, word)
     extra = {} if a.dtype == "float32" else {"Precision": a.dtype}
     files = {"VAE": a.vae, "Init image": a.image, "Mask": a.mask}
     extra |= {key: Path(file).name for key, file in files.items() if file}
     extra |= {"Lora": ", ".join(f"{file.stem}: {scale:g}" for file, scale in a.lora)} if a.lora else {}
+    extra |= {"TI": ", ".join(word or file.stem for word, file in a.embedding)} if a.embedding else {}
+    extra |= {"Revision": a.revision} if a.revision else {}
     extra |= {"Prediction type": a.prediction_type} if a.prediction_type else {}
     out = pipe.run(settings, progress=not a.quiet)
     for i, image in enumerate(out.images):
@@ -173,7 +185,9 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sampler", default="euler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default euler)")
     p.add_argument("--sigmas", choices=SPACINGS, help="how the steps are spaced (default: as the sampler's reference)")
     p.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default 0)")
-    p.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1 (default 0)")
+    p.add_argument(
+        "--guidance-rescale", type=float, default=0.0, metavar="R", help="tame strong guidance, 0 to 1 (default 0)"
+    )
     p.add_argument("--seed", type=int, default=0, help="default 0")
     p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
@@ -187,8 +201,15 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", help="a .safetensors file, a folder, or OWNER/NAME on the hub (default: emoji-64)")
     p.add_argument("--revision", help="of a model on the hub: a branch, tag or commit (default: main)")
     p.add_argument("--vae", metavar="MODEL", help="a VAE that replaces the model's own")
-    p.add_argument("--lora", type=scaled, action="append", default=[], metavar="FILE[:SCALE]", help="may be repeated")
-    p.add_argument("--embedding", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    many: dict[str, Any] = {"action": "append", "default": []}
+    p.add_argument("--lora", type=scaled, **many, metavar="FILE[:SCALE]", help="change the weights by it; repeatable")
+    p.add_argument(
+        "--embedding",
+        type=worded,
+        **many,
+        metavar="[WORD=]FILE",
+        help="a textual inversion; repeatable",
+    )
     p.add_argument("--refiner", metavar="MODEL", help="a model that does the last steps, as SDXL's refiner")
     p.add_argument("--refiner-start", type=float, default=0.8, metavar="SHARE", help="where it begins (default 0.8)")
     pair: dict[str, Any] = {"type": int, "nargs": 2}
@@ -198,6 +219,7 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--aesthetic-score", type=float, default=6.0, metavar="S", help="SDXL refiner's (default 6)")
     p.add_argument("--negative-aesthetic-score", type=float, default=2.5, metavar="S", help="default 2.5")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the nets (default float32)")
+    p.add_argument("--vae-dtype", choices=DTYPES, help="of the VAE (default: as --dtype, but float32 for SDXL's)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="where the model does not say")
     p.add_argument("--quiet", action="store_true", help="no progress bar")

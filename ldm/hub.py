@@ -11,21 +11,24 @@ from typing import Any, TypeGuard
 import torch
 
 from ldm import folder
-from ldm.source import PICKLES, CheckpointError
+from ldm.source import CheckpointError
 
 NAME = re.compile(r"(?!.*(--|\.\.))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)  # the hub's own rule
+FILE = re.compile(
+    r".*\.(safetensors|sft|ckpt|pt|pth|bin|gguf|onnx|pkl|zip|json|yaml|png|jpe?g|webp|git)", re.IGNORECASE
+)
 REASONS = {  # by the names of huggingface_hub's errors, those that inherit from others first
     "GatedRepoError": "its owner grants access: ask on the repository's page, then log in with `hf auth login`",
     "RepositoryNotFoundError": "it is not there (nor is such a path here), or is private: then `hf auth login` first",
     "RevisionNotFoundError": "it has no such revision: give a branch, tag or commit that it has, or none for main",
-    "LocalEntryNotFoundError": "{} is not in the cache, and the hub was not reached ({}): connect, and call again",
+    "LocalEntryNotFoundError": "{} is not in the cache, the hub was not reached ({}), and there is no such path here",
     "Exception": "{} was not fetched whole ({}): call again, files that are complete are kept",
 }
 
 
 def is_name(path: str | Path) -> TypeGuard[str]:
     """Whether it is owner/name, a repository's, and no path: a Path, a file of weights, something in a folder here."""
-    named = isinstance(path, str) and NAME.fullmatch(path) and not path.endswith((".safetensors", *PICKLES, ".git"))
+    named = isinstance(path, str) and NAME.fullmatch(path) and not FILE.fullmatch(path)
     return bool(named) and not Path(path).parent.exists()
 
 

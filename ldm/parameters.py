@@ -1,8 +1,12 @@
 """The text chunk "parameters" of a PNG: the settings of a picture as webui writes them, for its many readers."""
 
 import json
+from collections.abc import Sequence
 
 from ldm.settings import Settings
+
+# SDXL's, of which webui writes nothing.
+CONDITIONS = ("original_size", "crops_coords_top_left", "target_size", "aesthetic_score", "negative_aesthetic_score")
 
 
 def quote(value: object) -> str:
@@ -34,6 +38,11 @@ def parameters(
         fields["Denoising strength"] = s.strength
     if s.guidance_rescale:
         fields["CFG rescale"] = s.guidance_rescale
+    if s.emphasis != "mean":
+        fields["Emphasis"] = "No norm" if s.emphasis == "none" else "None"
+    for name in CONDITIONS:
+        if (value := getattr(s, name)) != getattr(Settings, name):
+            fields[name.replace("_", " ").capitalize()] = tuple(value) if isinstance(value, Sequence) else value
     if s.refiner is not None:
         fields |= {"Refiner": s.refiner.name, "Refiner switch at": s.refiner_start}
     negative = s.negative_texts[index]

@@ -77,7 +77,7 @@ class Pipeline:
         self.text_encoder_2 = text_encoder_2
         self.tokenizer_2 = tokenizer_2
         self.zero_negative = zero_negative
-        self.loras: list[Lora] = []
+        self._loras: list[Lora] = []
 
     @classmethod
     def from_pretrained(
@@ -141,13 +141,21 @@ class Pipeline:
         """Merge a LoRA (safetensors: kohya's, LyCORIS', diffusers' or PEFT's) into the UNet and the text encoders.
 
         The `Lora` that it returns joins `pipe.loras`: set its `scale` to merge it anew, `remove()` it to have the
-        weights as they were, bitwise. Raises CheckpointError if anything in the file does not fit this model, and
-        ValueError for a scale that is not a finite number; nothing has changed then.
+        weights as they were, bitwise: the originals of changed weights are kept beside them. Raises CheckpointError if
+        anything in the file does not fit this model, and ValueError for a scale that is not a finite number; nothing
+        has changed then.
         """
         from ldm.lora import load
 
         nets = {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-        return load(path, scale, {part: net for part, net in nets.items() if net is not None}, self.loras)
+        lora = load(path, scale, {part: net for part, net in nets.items() if net is not None})
+        self._loras.append(lora)
+        return lora
+
+    @property
+    def loras(self) -> "tuple[Lora, ...]":
+        """Those that were loaded with `load_lora` and not removed, the first loaded first."""
+        return tuple(lora for lora in self._loras if not lora.removed)
 
     def __call__(
         self,
@@ -347,6 +355,12 @@ class Pipeline:
                 f"refiner {s.refiner.name!r} takes {theirs.in_channels} channels, {factors[0]} pixels to a latent;"
                 f" this model makes {ours.out_channels} channels, {factors[1]} pixels to a latent"
             )
+        scales = s.refiner.vae.config.scaling_factor, self.vae.config.scaling_factor
+        if scales[0] != scales[1]:
+            raise ValueError(
+                f"refiner {s.refiner.name!r} has latents of another kind: its VAE scales them by {scales[0]}, this"
+                f" model's by {scales[1]}; give a refiner of the same family"
+            )
         if s.mask is not None and ours.in_channels > ours.out_channels:
             raise ValueError(
                 "refiner with mask=: after an inpainting model, the refiner would redraw what the mask protects;"
@@ -400,8 +414,8 @@ def without_grad(steps: Iterator[Step]) -> Iterator[Step]:
 def finite(values: Tensor, part: str) -> Tensor:
     """`values` as they are, if they are numbers."""
     if not torch.isfinite(values).all():
-        raise FloatingPointError(
-            f"the VAE's {part} returned NaN or infinity, running in {values.dtype}: load the model with"
-            " dtype=torch.float32 or torch.bfloat16, or give another vae="
-        )
+        cure = "the latents or the VAE itself are at fault: give other settings, or another vae="
+        if values.dtype != torch.float32:
+            cure = "load the model with vae_dtype=torch.float32, or give another vae="
+        raise FloatingPointError(f"the VAE's {part} returned NaN or infinity, running in {values.dtype}: {cure}")
     return values

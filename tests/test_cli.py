@@ -104,6 +104,11 @@ def test_lora_and_embedding(pipe, tmp_path):
     assert pixels("x.png") == pixels(other("wowza", steps=2, progress=False).images[0])
     assert pixels("x.png") != pixels(pipe("wowza", steps=2, progress=False).images[0])
     assert 'Lora: "a: 0.5, b:2: 1"' in Image.open("x.png").text["parameters"]
+    assert "TI: wowza" in Image.open("x.png").text["parameters"]
+    main(["a brightly", "-o", "y.png", "--steps", "2", "--embedding", f"brightly={word}", "--vae-dtype", "bfloat16"])
+    half = ldm.Pipeline.from_pretrained(vae_dtype=torch.bfloat16)
+    assert half.load_embedding(word, "brightly") == "brightly"
+    assert pixels("y.png") == pixels(half("a brightly", steps=2, progress=False).images[0])
     with pytest.raises(SystemExit, match=r"ldm: error: none.safetensors does not exist"):
         main(["wowza", "--lora", "none.safetensors:0.5"])
 
@@ -161,6 +166,16 @@ def test_every_setting(pipe, capsys):
         argv += ["--" + name.replace("_", "-"), *map(str, values)]
     main(["(fire:1.4)", "-o", "x.png", "--quiet", *argv])
     assert pixels("x.png") == pixels(pipe("(fire:1.4)", **settings, progress=False).images[0])
+    written = Image.open("x.png").text["parameters"]
+    for line in ("Emphasis: No norm", 'Original size: "(64, 48)"', 'Crops coords top left: "(1, 2)"', "Clip skip: 2"):
+        assert line in written
+    for line in (
+        'Target size: "(40, 48)"',
+        "Aesthetic score: 5.0",
+        "Negative aesthetic score: 3.0",
+        "Refiner switch at: 0.6",
+    ):
+        assert line in written
     named = {field.name for field in fields(ldm.Settings)}
     assert named - set(settings) == {"prompt", "batch_size", "latents", "noise"}  # -n; tensors have no spelling
 

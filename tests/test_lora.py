@@ -502,12 +502,52 @@ def snapshot(pipe):
     return {name: (p.detach().clone(), p.data_ptr()) for name, p in weights(pipe).items()}
 
 
+def test_pipelines_that_share_a_net(sd1, pipe, files):
+    """Each LoRA is out when it is removed, and the weights are the originals when all are, in whatever order."""
+    other = ldm.Pipeline.from_pretrained(sd1[0])
+    other.unet, other.text_encoder = pipe.unet, pipe.text_encoder
+    before = snapshot(pipe)
+    for first in (0, 1):
+        pair = [pipe.load_lora(files[0]), other.load_lora(files[1])]
+        alone = ldm.Pipeline.from_pretrained(sd1[0])
+        alone.load_lora(files[1 - first])
+        assert (pipe.loras, other.loras) == ((pair[0],), (pair[1],))
+        pair[first].remove()
+        for name, p in weights(alone).items():
+            assert torch.equal(weights(pipe)[name], p), name
+        pair[1 - first].remove()
+        assert_bitwise(pipe, before)
+
+
+def test_removal_in_a_loop(pipe, files):
+    before = snapshot(pipe)
+    for file in files:
+        pipe.load_lora(file)
+    for lora in pipe.loras:
+        lora.remove()
+    assert pipe.loras == ()
+    assert_bitwise(pipe, before)
+
+
+def test_a_file_that_is_written_again(pipe, files, tmp_path):
+    """As a training does: what is loaded stays what it was."""
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(files[0].read_bytes())
+    lora = pipe.load_lora(path, 0.5)
+    expected = {name: p.clone() for name, p in weights(pipe).items()}
+    with path.open("r+b") as file:
+        file.truncate(100)
+    lora.scale = 1
+    lora.scale = 0.5
+    assert all(torch.equal(p, expected[name]) for name, p in weights(pipe).items())
+
+
 @pytest.mark.parametrize("order", [*permutations(range(3))])
 def test_several(order, sd1, pipe, files):
     before = snapshot(pipe)
     scales = 0.8, -1.3, 0.4
     loras = [pipe.load_lora(file, scale) for file, scale in zip(files, scales, strict=True)]
-    assert pipe.loras == loras and [lora.scale for lora in loras] == [*scales]
+    assert pipe.loras == tuple(loras) and [lora.scale for lora in loras] == [*scales]
     key = "unet", "down_blocks.0.resnets.0.conv1.weight"
     w, tensors, other = before[key][0].double().numpy(), load_file(files[0]), load_file(files[2])
     expected = w.copy()
@@ -537,7 +577,7 @@ def test_several(order, sd1, pipe, files):
         fresh = ldm.Pipeline.from_pretrained(sd1[0])
         for j in left:
             fresh.load_lora(files[j], scales[j])
-        assert pipe.loras == [loras[j] for j in left]
+        assert pipe.loras == tuple(loras[j] for j in left)
         for name, p in weights(fresh).items():
             assert torch.equal(p, weights(pipe)[name]), name
     assert_bitwise(pipe, before)
@@ -603,6 +643,14 @@ def changed(tensors, end, change):
 
 Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 ERRORS = {
+    "float8": (
+        lambda f: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in f.items()},
+        r"(?s)of a type other than torch.float64, .*: torch.float8_e4m3fn",
+    ),
+    "an alpha of yes": (
+        lambda f: f | {f"{Q}.alpha": torch.tensor(True)},
+        rf"1 of a type other than (?s:.*){Q}\.alpha: torch.bool",
+    ),
     "unmatched": (
         lambda f: f | {f"lora_unet_other_{i}.lora_up.weight": torch.zeros(2, 2) for i in range(7)},
         r"(?s)7 unmatched: .*lora_unet_other_0\.lora_up\.weight.*lora_unet_other_4\.lora_up\.weight\n  and 2 more",
@@ -690,7 +738,7 @@ def test_errors(error, pipe, files, tmp_path):
     with pytest.raises(CheckpointError, match=match) as raised:
         pipe.load_lora(file)
     assert str(raised.value).startswith(f"{file} is no LoRA for this model:")
-    assert pipe.loras == [kept]
+    assert pipe.loras == (kept,)
     assert_bitwise(pipe, before)
 
 
@@ -734,7 +782,7 @@ def test_an_overflow_changes_nothing(pipe, files):
         ValueError, match=r"a\.safetensors, scale=1000000\.0: a weight overflows torch\.float16; use a sm"
     ):
         pipe.load_lora(files[0], 1e6)
-    assert pipe.loras == []
+    assert pipe.loras == ()
     assert_bitwise(pipe, before)
     lora = pipe.load_lora(files[0], 0.5)
     half = values(pipe)
@@ -755,7 +803,7 @@ def test_an_interruption_changes_nothing(pipe, files, monkeypatch):
     monkeypatch.setattr(Change, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipe.load_lora(files[0])
-    assert pipe.loras == []
+    assert pipe.loras == ()
     assert_bitwise(pipe, before)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,16 @@ class TestXL:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 127.5 - 1
         assert_close(a, theirs(reference, prompt=CAT, image=pixels, strength=0.5, steps=10))
 
+    def test_hand_over_at_a_whole_timestep(self, base, refiner):
+        """t = 200 is the base's, as in diffusers, though the sigma of 200 comes back as 199.9999..."""
+        seen = []
+        pipe, second = base[0], refiner[0]
+        for name, net in (("base", pipe.unet), ("refiner", second.unet)):
+            net.register_forward_pre_hook(lambda net, args, name=name: seen.append((name, round(float(args[1]), 3))))
+        sigmas = pipe.schedule.sigma(torch.tensor([600.0, 200.0, 199.0, 50.0], dtype=torch.float64))
+        ours(pipe, prompt=CAT, sigmas=torch.cat([sigmas, torch.zeros(1)]), refiner=second, refiner_start=0.8)
+        assert seen == [("base", 600), ("base", 200), ("refiner", 199), ("refiner", 50)]
+
     @pytest.mark.parametrize("start", [0.8, 0.55, 0.3])
     def test_hand_over(self, base, refiner, start):
         (pipe, reference), (second, reference_2) = base, refiner
@@ -279,6 +290,7 @@ def test_an_overflow_is_decoded_again_in_float32(base, tmp_path):
     assert pipe.vae.quant_conv.weight.dtype == torch.bfloat16
     pipe.vae.float()
     assert torch.equal(pixels, pipe.decode(z))
+    assert not torch.equal(pixels, pipe.decode(z.bfloat16().float()))  # nor were the latents rounded on the way
 
 
 def test_refiners_that_do_not_fit(base, tmp_path):
@@ -288,5 +300,9 @@ def test_refiners_that_do_not_fit(base, tmp_path):
     with pytest.raises(ValueError, match=r"refiner .* takes 9 channels, .* this model makes 4 channels"):
         ours(base[0], prompt=CAT, refiner=paints)
     image, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64))
+    other = saved(sd(SD2), tmp_path / "other")
+    other.vae.config = replace(other.vae.config, scaling_factor=0.25)
+    with pytest.raises(ValueError, match=r"refiner 'other' has latents of another kind: .* by 0.25, .* by 0.5"):
+        ours(base[0], prompt=CAT, refiner=other)
     with pytest.raises(ValueError, match="refiner with mask=: after an inpainting model"):
         ours(paints, prompt=CAT, image=image, mask=mask, refiner=base[0])

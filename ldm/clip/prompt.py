@@ -112,6 +112,8 @@ def plan(prompt: str, tokenizer: Tokenizer, weighted: bool = True) -> PromptPlan
                 chunks.append(([], []))
             chunks[-1][0].extend(unit)
             chunks[-1][1].extend([weight] * len(unit))
+    if len(chunks) > 1 and not chunks[-1][0]:  # nothing follows the last BREAK
+        chunks.pop()
     return PromptPlan(pieces, chunks, [[names[i] for i in ids] for ids, _ in chunks])
 
 

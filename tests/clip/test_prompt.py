@@ -157,11 +157,19 @@ class TestPlan:
     def test_chunks(self, tokenizer, words, lengths):
         assert [len(ids) for ids, _ in plan("cat " * words, tokenizer).chunks] == lengths
 
+    def test_nothing_follows_the_last_break(self, tokenizer):
+        """No chunk then, as in webui; between two there is an empty one."""
+        for text, lengths in {"cat BREAK": [1], "cat BREAK BREAK": [1, 0], "BREAK cat": [0, 1], "BREAK": [0]}.items():
+            assert [len(ids) for ids, _ in plan(text, tokenizer).chunks] == lengths
+
     def test_a_chunk_ends_at_a_comma_that_is_near(self, tokenizer):
         near = plan("cat " * 60 + ", " + "dog " * 30, tokenizer)
         assert [len(ids) for ids, _ in near.chunks] == [61, 30]
         far = plan("cat " * 50 + ", " + "dog " * 40, tokenizer)
         assert [len(ids) for ids, _ in far.chunks] == [75, 16]
+        for after, lengths in ((19, [56, 30]), (20, [75, 11])):  # as many tokens between it and the chunk's end
+            edge = plan("cat " * (74 - after) + ", " + "dog " * (after + 11), tokenizer)
+            assert [len(ids) for ids, _ in edge.chunks] == lengths
         at_the_end = plan("cat " * 75 + ", dog", tokenizer)
         assert [len(ids) for ids, _ in at_the_end.chunks] == [75, 2]
 
