@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
 from ldm.image import save_png
 from ldm.inspection import inspect
@@ -119,8 +120,15 @@ def generate(a: argparse.Namespace) -> None:
 
 def inspect_(a: argparse.Namespace) -> None:
     """Say what a file or folder is, without loading it: a model, a VAE, a LoRA, an embedding, ..."""
+    bad = False
     for i, path in enumerate(a.paths):
-        print("\n" * (i > 0) + str(inspect(path)))
+        try:
+            said = str(inspect(path))
+        except CheckpointError as error:
+            bad, said = True, f"{'path':<12}{path}\n{'problem':<12}{error}"
+        print("\n" * (i > 0) + said)
+    if bad:
+        sys.exit(1)
 
 
 def convert_(a: argparse.Namespace) -> None:
