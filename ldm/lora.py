@@ -366,7 +366,10 @@ def peft_config(
         found = own or {name: field for name, field in fields.items() if "." not in name}
         if not found:
             return None
-    c = {"lora_alpha": None, "alpha_pattern": None, "use_rslora": False} | found
+    c = {"peft_type": "LORA", "lora_alpha": None, "alpha_pattern": None, "use_rslora": False} | found
+    accept(
+        where, c, "peft_type", c["peft_type"] == "LORA", "'LORA' of PEFT's kinds; LoHa and LoKr as LyCORIS writes them"
+    )
     patterns = c["alpha_pattern"] or {}
     accept(where, c, "lora_alpha", like(c["lora_alpha"], 1.0), "numbers above 0")
     accept(where, c, "use_rslora", like(c["use_rslora"], False), "true or false")

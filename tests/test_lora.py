@@ -302,6 +302,11 @@ def test_what_peft_writes(sd1, part, config, pipe, tmp_path):
         assert len(lora.changes) > 10
         assert_parity(pipe, reference)
         lora.remove()
+        config = tmp_path / "adapter_config.json"
+        fields = json.loads(config.read_text())
+        config.write_text(json.dumps(fields | {"peft_type": "LOHA"}))
+        with pytest.raises(CheckpointError, match="peft_type is 'LOHA', but this version only does 'LORA' of PEFT's"):
+            pipe.load_lora(tmp_path / "adapter_model.safetensors")
         (tmp_path / "adapter_config.json").unlink()
         with pytest.raises(CheckpointError, match=r"PEFT's own: .*adapter_config.json .*alpha"):
             pipe.load_lora(tmp_path / "adapter_model.safetensors")

@@ -7,6 +7,7 @@ Brackets that never close reach to the end of the text; closing ones that nothin
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from ldm.clip.tokenizer import Tokenizer
 
 TOKEN = re.compile(r"\\[()\[\]\\]?|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:", re.DOTALL)
 BREAK = re.compile(r"\bBREAK\b")
+NETWORK = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")  # webui's
 BACKTRACK = 20  # a chunk rather ends at a comma if one is among its last 20 tokens
 
 
@@ -91,6 +93,11 @@ class PromptPlan:
 
 def plan(prompt: str, tokenizer: Tokenizer, weighted: bool = True) -> PromptPlan:
     """weighted=False takes brackets and BREAK as text."""
+    if network := NETWORK.search(prompt):
+        warnings.warn(
+            f"the prompt has {network.group()}, which is text here: load such a file with pipe.load_lora(path, scale)",
+            stacklevel=2,
+        )
     pieces = parse(prompt) if weighted else [(prompt, 1.0)]
     size = tokenizer.length - 2
     names = tokenizer.names()

@@ -157,6 +157,10 @@ class TestPlan:
     def test_chunks(self, tokenizer, words, lengths):
         assert [len(ids) for ids, _ in plan("cat " * words, tokenizer).chunks] == lengths
 
+    def test_networks_of_webui_are_said_to_be_text(self, tokenizer):
+        with pytest.warns(UserWarning, match=r"has <lora:style:0.8>, which is text here: load .* with pipe.load_lora"):
+            assert plan("a <lora:style:0.8> cat", tokenizer).pieces == [("a <lora:style:0.8> cat", 1.0)]
+
     def test_nothing_follows_the_last_break(self, tokenizer):
         """No chunk then, as in webui; between two there is an empty one."""
         for text, lengths in {"cat BREAK": [1], "cat BREAK BREAK": [1, 0], "BREAK cat": [0, 1], "BREAK": [0]}.items():
