@@ -19,11 +19,13 @@ EMA = re.compile(r"model_ema\..*")
 BITS = re.compile(r"\d+")  # in the name of a dtype: BF16, F8_E4M3
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}  # by the width of the text
 ENCODERS = {768: "SD 1.x or SDXL", 1024: "SD 2.x", 1280: "SDXL"}  # by their own width
-READS_TEXT = re.compile(r".*attn2[._](processor\.)?to_k(_lora)?\.(weight|.*(down\.weight|lora_A\..*|hada_w1_b))")
+READS_TEXT = re.compile(
+    r".*attn2(\.to_k\.weight|[._](processor\.)?to_k(_lora)?\..*(down\.weight|lora_A\..*|hada_w1_b))"
+)
 READS_TEXT_LOKR = re.compile(r"(.*attn2[._]to_k\.lokr_w)1(_b)?")
 
-# LoRA files: by which names to tell the kind, the rank, the model, and what is changed. Of the kinds the first three are
-# those that are loaded, beside LoRA itself.
+# LoRA files: by which names to tell the kind, the rank, the model, and what is changed. Of the kinds the first three
+# are loaded.
 ALGORITHMS = {
     "LoHa": r".*\.hada_.*",
     "LoKr": r".*\.lokr_.*",
@@ -114,11 +116,11 @@ def inspect(path: str | Path) -> Report:
     """
     path = existing(path)
     if (path / "model_index.json").is_file():
-        return model_report(path, None)
+        return model_report(path)
     source = folder.weights(path, None) if path.is_dir() else Source(path, [path])
     finding = identify(source.shapes)
     if finding.kind in ("model", "unknown") or "model_index.json" in source.metadata:
-        return model_report(path, finding)
+        return model_report(path, finding, source)
     report = basic(path, [source], finding)
     match finding.kind:
         case "VAE":
@@ -150,15 +152,14 @@ def bits(dtype: str) -> int:
     return int(found.group()) if (found := BITS.search(dtype)) else 8  # BOOL
 
 
-def model_report(path: Path, finding: Finding | None) -> Report:
-    """finding: what the tensors of a single file told."""
+def model_report(path: Path, finding: Finding | None = None, source: Source | None = None) -> Report:
+    """finding: what the tensors of a single file, or of a folder's part, told. source: where they are."""
     try:
         opened = open_model(path)
     except CheckpointError as error:
         finding = finding or Finding("model", "diffusers folder", None, {})
-        sources = [Source(path, [path])] if path.is_file() else []
-        found = listed(sources[0], sources[0].shapes) if finding.kind == "unknown" and sources else ()
-        return replace(basic(path, sources, finding), unexpected=found, problem=str(error))
+        found = listed(source, source.shapes) if source and finding.kind == "unknown" else ()
+        return replace(basic(path, [source] if source else [], finding), unexpected=found, problem=str(error))
     plans = make_plans(opened.model, opened.sources)
     problems = find_problems(plans)
     report = basic(path, list(dict.fromkeys(opened.sources.values())), finding or Finding("model", "", None, {}))

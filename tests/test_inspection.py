@@ -386,8 +386,14 @@ def test_a_plain_word_is_an_embedding(tmp_path):
 
 
 def test_unknown_files_are_shown(tmp_path):
-    text = str(file_of(tmp_path, {f"layer.{i}.weight": [i, 2] for i in range(1, 8)}))
-    assert "unexpected  layer.1.weight (1, 2)" in text and "layer.5.weight (5, 2)" in text and "and 2 more" in text
+    """A file, and a folder that has nothing but weights."""
+    shapes = {f"layer.{i}.weight": [i, 2] for i in range(1, 8)}
+    (tmp_path / "unet").mkdir()
+    sparse(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", shapes)
+    for report in (file_of(tmp_path, shapes), ldm.inspect(tmp_path / "unet")):
+        text = str(report)
+        assert "unexpected  layer.1.weight (1, 2)" in text and "layer.5.weight (5, 2)" in text and "and 2 more" in text
+        assert report.problem and not report.python and report.dtypes == {"F16": 7}
 
 
 @pytest.mark.parametrize("name", ['it\'s "quoted"', "back\\slash \\n", "ü 猫 🐈"])
@@ -456,6 +462,17 @@ def test_known_but_not_loaded(row, tmp_path):
     report = file_of(tmp_path, {tensor: [n or 1 for n in shape] for tensor, shape in tells.items() if shape})
     assert (report.kind, report.name) == ("model", name)
     assert f"is {name} (" in report.problem and not report.python
+
+
+def test_models_made_of_stable_diffusion(tmp_path):
+    """They have its tensors and some of their own, which tell them from models of as many channels."""
+    eight = {models.CONV_IN: [320, 8, 3, 3]}
+    zero = eight | {models.CONTEXT: [320, 768], "cc_projection.weight": [768, 772]}
+    assert file_of(tmp_path, zero).name == "Zero123"
+    del zero["cc_projection.weight"]
+    assert file_of(tmp_path, zero).name == "SD 1.x InstructPix2Pix"
+    video = eight | {models.CONTEXT: [320, 1024], models.VECTOR: [1280, 768], models.TIME_STACK: [320]}
+    assert file_of(tmp_path, video).name == "Stable Video Diffusion"
 
 
 def test_ssd_1b(tmp_path):
