@@ -4,16 +4,18 @@ import ast
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from family import MODELS, reference, saved
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from synthetic import KEYS, LAYOUTS, sparse
 
 import ldm
-from ldm import models
+from ldm import inspection, lora, models
 from ldm.__main__ import main
 from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
@@ -241,6 +243,23 @@ def test_loras(kind, tmp_path):
     report = file_of(tmp_path, shapes)
     assert (report.kind, report.name, report.problem, report.unexpected) == ("LoRA", name, "", ())
     assert report.python.startswith("pipe.load_lora(")
+
+
+@pytest.mark.parametrize("model", [models.SD1, models.SD2, models.SDXL], ids=["SD 1", "SD 2", "SDXL"])
+def test_all_names_that_are_loaded_are_known(model, tmp_path):
+    """Of every weight, by every name that it may have in a LoRA file."""
+    with ldm.checkpoint.NoValues(), torch.device("meta"):
+        nets = {
+            part: net(config)
+            for part, (net, _) in ldm.checkpoint.NETS.items()
+            if part != "vae" and (config := getattr(model, part)) is not None
+        }
+    targets = lora.spelled(nets)
+    report = file_of(tmp_path, {f"{name}.lora_down.weight": [4, 4] for name in targets})
+    assert (report.unexpected, report.problem) == ((), "")
+    assert report.parts == Counter(target.part for target in targets.values())
+    for suffix, role in lora.ROLES.items():
+        assert inspection.role_of(f"{LORA_UNET}.{suffix}") == role
 
 
 DOWN, UP = {f"{LORA_UNET}.lora_down.weight": [4, 768]}, {f"{LORA_UNET}.lora_up.weight": [320, 4]}
@@ -525,6 +544,18 @@ def test_broken_tokenizer(file, tmp_path):
     assert "is no tokenizer" in report.problem and not report.python
     (tmp_path / "model" / "tokenizer" / file).unlink()
     report = ldm.inspect(tmp_path / "model")
+    assert "no tokenizer in" in report.problem and not report.python
+
+
+def test_broken_tokenizer_in_a_file(tmp_path):
+    file = tmp_path / "model.safetensors"
+    convert(DEFAULT_MODEL, file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert not ldm.inspect(file).problem
+    del metadata["tokenizer/vocab.json"]
+    save_file(load_file(file), tmp_path / "broken.safetensors", metadata)
+    report = ldm.inspect(tmp_path / "broken.safetensors")
     assert "no tokenizer in" in report.problem and not report.python
 
 
