@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -10,22 +10,48 @@ from pathlib import Path
 import ldm.vae.keys
 from ldm import folder
 from ldm.checkpoint import CheckpointError, Opened, Plan, check_widths, existing, find_problems, make_plans, open_model
+from ldm.lora import ADAPTER, ROLES
 from ldm.models import SD1, Finding, identify
-from ldm.source import Source
+from ldm.source import Source, views
 from ldm.vae import VAE, VAEConfig
 
 EMA = re.compile(r"model_ema\..*")
 BITS = re.compile(r"\d+")  # in the name of a dtype: BF16, F8_E4M3
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}  # by the width of the text
-READS_TEXT = re.compile(r".*attn2[._](processor\.)?to_k(_lora)?\.(weight|.*(down\.weight|lora_A\..*|hada_w1_b))")
+ENCODERS = {768: "SD 1.x or SDXL", 1024: "SD 2.x", 1280: "SDXL"}  # by their own width
+READS_TEXT = re.compile(
+    r".*attn2(\.to_k\.weight|[._](processor\.)?to_k(_lora)?\..*(down\.weight|lora_A\..*|hada_w1_b))"
+)
+READS_TEXT_LOKR = re.compile(r"(.*attn2[._]to_k\.lokr_w)1(_b)?")
 
-# LoRA files: by which names to tell the kind, the rank, and what is changed.
-ALGORITHMS = {"LoHa": r".*\.hada_.*", "LoKr": r".*\.lokr_.*", "DoRA": r".*\.(dora_scale|lora_magnitude_vector.*)"}
+# LoRA files: by which names to tell the kind, the rank, the model, and what is changed. Of the kinds the first three
+# are loaded.
+ALGORITHMS = {
+    "LoHa": r".*\.hada_.*",
+    "LoKr": r".*\.lokr_.*",
+    "DoRA": r".*\.(dora_scale|lora_magnitude_vector.*)",
+    "OFT": r".*\.oft_.*",
+    "IA3": r".*\.(on_input|ia3_l(\..*)?)",
+    "GLoRA": r".*\.[ab][12]\.weight",
+    "full differences": r".*\.diff(_b)?",
+    "norms": r".*\.[wb]_norm",
+    "biases": r".*(up|lora_B(\..*)?)\.bias",
+    "embeddings": r"bundle_emb\..*",
+}
 RANKED = re.compile(r".*(down\.weight|lora_A\.(.*\.)?weight|hada_w1_b|lokr_w[12]_b)")
+READS_TE = re.compile(r"lora_te_.*(_proj|fc1)\..*(down\.weight|hada_w1_b)")
+ONLY_XL = re.compile(r"(lora_te[12]_|text_encoder_2\.).*")
+OTHER_WIDTHS = {3072: "Flux", 1536: "SD 3", 2432: "SD 3"}
+OTHER_FAMILIES = {
+    "Flux": r"(.*[._])?(double_blocks|single_blocks|single_transformer_blocks)[._].*",
+    "SD 3": r"(.*[._])?joint_blocks[._].*",
+}
+OTHER_BLOCKS = re.compile(r"(transformer\.|lora_transformer_)transformer_blocks.*(down\.weight|lora_A\.(.*\.)?weight)")
+IN_UNET = r"(down|up|input|output)_blocks|mid(dle)?_block|conv_(in|out)|time_embed(ding)?|add_embedding|label_emb|out_2"
 CHANGED = {
     "text_encoder_2": re.compile(r"(lora_te2_|text_encoder_2\.).*"),
-    "text_encoder": re.compile(r"(lora_te1?_|text_encoder\.).*"),
-    "unet": re.compile(r"(lora_unet_|unet\.|(base_model\.model\.)?(conv_in|down_blocks|mid_block|up_blocks)\.).*"),
+    "text_encoder": re.compile(r"(lora_te1?_|text_encoder\.|base_model\.model\.(text_model\.)?encoder\.).*"),
+    "unet": re.compile(rf"(lora_unet_|(unet\.|base_model\.model\.)?)({IN_UNET})[._].*"),
 }
 
 
@@ -33,12 +59,13 @@ CHANGED = {
 class Report:
     """What a file or folder is. `print(report)` shows what `ldm inspect` shows.
 
-    kind: "model", "VAE", "UNet", "text encoder", "LoRA", "embedding", "ControlNet" or "unknown". name: which of them.
-    why: what tells, the decisive tensors with their shapes. parts: those that are there, with their number of tensors.
-    dtypes: how many tensors there are of each, by safetensors' names. size: of the tensors, in bytes. ema: how many of
-    them are EMA copies. prediction_type: "epsilon", "v_prediction" or "" for what is no model. prediction_from: what
-    says so, or that it is a guess. missing, unexpected: tensors. problem: why it does not load, "" if it does.
-    python: the line that loads it, "" if there is none.
+    kind: "model", "VAE", "UNet", "text encoder", "LoRA", "embedding", "ControlNet", "IP-Adapter", "AnimateDiff" or
+    "unknown". name: which of them. why: what tells, the decisive tensors with their shapes. parts: those that are
+    there, with their number of tensors in the file. dtypes: how many tensors there are of each, by safetensors' names.
+    size: of the tensors, in bytes. ema: how many of them are EMA copies. prediction_type: "epsilon", "v_prediction" or
+    "" for what is no model. prediction_from: what says so, or that it is a guess. zero_snr: whether the last timestep
+    is noise alone. missing, unexpected: tensors, the latter all of them where the file is unknown. problem: why it does
+    not load, "" if it does. python: the line that loads it, "" if there is none.
     """
 
     path: Path
@@ -51,20 +78,22 @@ class Report:
     parts: Mapping[str, int] = field(default_factory=dict)
     prediction_type: str = ""
     prediction_from: str = ""
+    zero_snr: bool = False
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     problem: str = ""
     python: str = ""
 
     def __str__(self) -> str:
-        return "\n".join(f"{title:<12}{line}" for title, line in self._lines())
+        return "\n".join(f"{title:<11} {line}" for title, line in self._lines())
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         yield "path", str(self.path)
         yield self.kind, self.name
         yield from zip(["because", *[""] * len(self.why)], self.why, strict=False)
         if self.prediction_type:
-            yield "predicts", f"{self.prediction_type}, {self.prediction_from}"
+            snr = ", zero terminal SNR" if self.zero_snr else ""
+            yield "predicts", f"{self.prediction_type}, {self.prediction_from}{snr}"
         yield "tensors", ", ".join(f"{n:,} {dtype}" for dtype, n in self.dtypes.items()) + f", {self.size:,} bytes"
         if self.ema:
             yield "EMA", f"{self.ema:,} of them are EMA copies, which are not loaded"
@@ -87,22 +116,19 @@ def inspect(path: str | Path) -> Report:
     """
     path = existing(path)
     if (path / "model_index.json").is_file():
-        return model_report(path, None)
+        return model_report(path)
     source = folder.weights(path, None) if path.is_dir() else Source(path, [path])
     finding = identify(source.shapes)
     if finding.kind in ("model", "unknown") or "model_index.json" in source.metadata:
-        return model_report(path, finding)
+        return model_report(path, finding, source)
     report = basic(path, [source], finding)
     match finding.kind:
         case "VAE":
             return vae_report(report, source, folder.vae_config(path) if path.is_dir() else SD1.vae)
         case "LoRA":
-            python = f'pipe.load_lora("{path}")'
-            return replace(report, name=lora_name(source), parts=lora_parts(source), python=python, problem="")
+            return lora_report(report, source)
         case "embedding":
-            sizes = " and ".join(f"{name} {shape}" for name, shape in source.shapes.items())
-            python = f'pipe.load_embedding("{path}")'
-            return replace(report, name=f"vectors: {sizes}", python=python, problem="")
+            return embedding_report(report, source)
         case "UNet" | "text encoder" if family := family_of(source):
             return replace(report, name=f"{finding.name}, of {family}")
     return report
@@ -126,14 +152,14 @@ def bits(dtype: str) -> int:
     return int(found.group()) if (found := BITS.search(dtype)) else 8  # BOOL
 
 
-def model_report(path: Path, finding: Finding | None) -> Report:
-    """finding: what the tensors of a single file told."""
+def model_report(path: Path, finding: Finding | None = None, source: Source | None = None) -> Report:
+    """finding: what the tensors of a single file, or of a folder's part, told. source: where they are."""
     try:
         opened = open_model(path)
     except CheckpointError as error:
         finding = finding or Finding("model", "diffusers folder", None, {})
-        sources = [Source(path, [path])] if path.is_file() else []
-        return replace(basic(path, sources, finding), problem=str(error))
+        found = listed(source, source.shapes) if source and finding.kind == "unknown" else ()
+        return replace(basic(path, [source] if source else [], finding), unexpected=found, problem=str(error))
     plans = make_plans(opened.model, opened.sources)
     problems = find_problems(plans)
     report = basic(path, list(dict.fromkeys(opened.sources.values())), finding or Finding("model", "", None, {}))
@@ -143,26 +169,40 @@ def model_report(path: Path, finding: Finding | None) -> Report:
         said = f"its configs say {c.in_channels} channels in, and text of width {c.context_width}"
         report = replace(report, why=(said,))
     try:
+        if path.is_dir() or "model_index.json" in opened.sources["unet"].metadata:
+            opened.tokenizers()  # of files of its own, which may be missing or broken
         check_widths(opened.model, path)
-        problem = "it does not fit: see below" if problems else ""
+        problem = "it does not fit: see above" if problems else ""
+        loads = not problems or ([len(lines) for lines in problems.values()] == [1] and absent == ["vae"])
     except CheckpointError as error:
-        problem = str(error)
+        problem, loads = str(error), False
     return replace(
         report,
         kind="model",
         name=opened.name,
-        parts={part: plan.found for part, plan in plans.items() if plan.found},
+        parts={part: stored(plan) for part, plan in plans.items() if plan.found},
         prediction_type=opened.model.scheduler["prediction_type"],
         prediction_from=opened.prediction_from,
+        zero_snr=bool(opened.model.scheduler.get("rescale_betas_zero_snr", False)),
         missing=tuple(problems.get("missing", ())),
         unexpected=tuple(line for kind, lines in problems.items() if kind != "missing" for line in lines),
         problem=problem,
-        python=load_line(path, opened, absent) if not problem or absent == ["vae"] else "",
+        python=load_line(path, opened, absent) if loads else "",
     )
 
 
+def stored(plan: Plan) -> int:
+    """How many tensors of the file a net takes: of OpenCLIP's stacked q, k and v the file has one."""
+    asked = set(plan.theirs.values())
+    return sum(not asked.isdisjoint(views(name, shape)) for name, (_, shape) in plan.source.stored.items())
+
+
+def listed(source: Source, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name} {source.shapes[name]}" for name in names)
+
+
 def load_line(path: Path, opened: Opened, absent: list[str]) -> str:
-    arguments = f'"{path}"' + (", vae=VAE_FILE" if absent else "")
+    arguments = repr(str(path)) + (", vae=VAE_FILE" if absent else "")
     if opened.prediction_from.startswith("a guess"):
         arguments += f', prediction_type="{opened.model.scheduler["prediction_type"]}"'
     line = f"ldm.Pipeline.from_pretrained({arguments})"
@@ -179,32 +219,83 @@ def vae_report(report: Report, source: Source, config: VAEConfig) -> Report:
     return replace(
         report,
         name=f"of {latents} latent channels" + (", for SD 1.x, SD 2.x or SDXL" if fits and config == SD1.vae else ""),
-        parts={"vae": plan.found},
+        parts={"vae": stored(plan)},
         missing=tuple(problems.get("missing", ())),
         unexpected=tuple(line for kind, lines in problems.items() if kind != "missing" for line in lines),
         problem="" if fits else f"this version does VAEs of {config.latent_channels} latent channels, shaped as SD 1's",
-        python=f'pipe = ldm.Pipeline.from_pretrained(MODEL, vae="{report.path}")' if fits else "",
+        python=f"pipe = ldm.Pipeline.from_pretrained(MODEL, vae={str(report.path)!r})" if fits else "",
     )
+
+
+def embedding_report(report: Report, source: Source) -> Report:
+    sizes = " and ".join(f"{name} {shape}" for name, shape in source.shapes.items())
+    one = len(source.shapes) == 1 or source.shapes.keys() == {"clip_g", "clip_l"}
+    if not one or any(len(shape) not in (1, 2) or 0 in shape for shape in source.shapes.values()):
+        problem = "an embedding is one tensor, or clip_l and clip_g, each a vector or some in the rows of a matrix"
+        return replace(report, unexpected=listed(source, source.shapes), problem=problem)
+    python = f"pipe.load_embedding({str(report.path)!r})"
+    return replace(report, name=f"vectors: {sizes}", python=python, problem="")
 
 
 def family_of(source: Source) -> str | None:
     """The model that a UNet, a text encoder or a LoRA is for, by the width of the text."""
     for name, shape in source.shapes.items():
-        if len(shape) > 1 and (READS_TEXT.fullmatch(name) or name.endswith("token_embedding.weight")):
+        if len(shape) > 1 and READS_TEXT.fullmatch(name):
             return FAMILIES.get(shape[1], f"an unknown model, with text of width {shape[1]}")
+        if len(shape) > 1 and name.endswith("token_embedding.weight"):
+            return ENCODERS.get(shape[1], f"an unknown model, with text of width {shape[1]}")
     return None
 
 
-def lora_name(source: Source) -> str:
-    names = "\n".join(source.shapes)
-    kinds = [kind for kind, pattern in ALGORITHMS.items() if re.search(f"^{pattern}$", names, re.MULTILINE)]
-    if not set(kinds) & {"LoHa", "LoKr"}:
-        kinds.insert(0, "LoRA")
+def lora_report(report: Report, source: Source) -> Report:
+    """Told by the names alone: whether all of them are a model's is seen when it is loaded."""
+    parts = {name: part for name in source.shapes for part, own in CHANGED.items() if own.fullmatch(name)}
+    foreign = [name for name in source.shapes if role_of(name) is None or name not in parts]
+    kinds = kinds_of(source)
     ranks = sorted({shape[0] for name, shape in source.shapes.items() if RANKED.fullmatch(name) and shape})
     rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
-    return f"{' and '.join(kinds)}{rank}, for {family_of(source) or 'a model that its names do not tell'}"
+    family = lora_family(source) or "a model that its names do not tell"
+    refused = (
+        f"{len(foreign):,} of its {len(source.shapes):,} tensors are not known: this version does LoRA, LoHa, LoKr and"
+        " DoRA for the UNet and the text encoders of Stable Diffusion, under kohya's, diffusers' and PEFT's names"
+    )
+    return replace(
+        report,
+        name=f"{' and '.join(kinds)}{rank}, for {family}",
+        parts=dict(Counter(parts.values())),
+        unexpected=listed(source, foreign),
+        problem=refused if foreign else "",
+        python="" if foreign else f"pipe.load_lora({str(report.path)!r})",
+    )
 
 
-def lora_parts(source: Source) -> dict[str, int]:
-    parts = Counter(part for name in source.shapes for part, own in CHANGED.items() if own.fullmatch(name))
-    return dict(parts)
+def role_of(name: str) -> str | None:
+    """What a tensor is, by how its name ends."""
+    words = ADAPTER.sub(r"\1.weight", name).split(".")
+    return next((role for i in range(1, len(words)) if (role := ROLES.get(".".join(words[i:])))), None)
+
+
+def kinds_of(source: Source) -> list[str]:
+    names = "\n".join(source.shapes)
+    kinds = [kind for kind, pattern in ALGORITHMS.items() if re.search(f"^{pattern}$", names, re.MULTILINE)]
+    plain = any(role_of(name) in ("up", "down") for name in source.shapes)
+    return ["LoRA", *kinds] if plain or not kinds else kinds
+
+
+def lora_family(source: Source) -> str | None:
+    shapes = {name: shape for name, shape in source.shapes.items() if len(shape) > 1}
+    for family, pattern in OTHER_FAMILIES.items():
+        if any(re.fullmatch(pattern, name) for name in source.shapes):
+            return family
+    if width := next((shape[1] for name, shape in shapes.items() if OTHER_BLOCKS.fullmatch(name)), None):
+        return OTHER_WIDTHS.get(width)
+    if family_by_text := family_of(source):
+        return family_by_text
+    for name, shape in shapes.items():  # of a Kronecker product the widths multiply
+        if match := READS_TEXT_LOKR.fullmatch(name):
+            second = next((shapes[n] for end in ("2", "2_b") if (n := match[1] + end) in shapes), (0, 0))
+            return FAMILIES.get(shape[1] * second[1])
+    if any(ONLY_XL.fullmatch(name) for name in source.shapes):
+        return "SDXL"
+    width = next((shape[1] for name, shape in shapes.items() if READS_TE.fullmatch(name)), 0)
+    return FAMILIES.get(width)

@@ -102,6 +102,7 @@ CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_
 CONTEXT_XL = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 DEPTH_XL = "model.diffusion_model.input_blocks.7.1.transformer_blocks.{}.norm1.weight"
 VECTOR = "model.diffusion_model.label_emb.0.0.weight"
+TIME_STACK = "model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.weight"
 ABSENT = None
 
 Shape = tuple[int | None, ...]  # None is any extent
@@ -109,6 +110,8 @@ Shape = tuple[int | None, ...]  # None is any extent
 # The official single files: name, telling tensors with their shapes, and the model, None for one that is known but not
 # loaded. The first row whose tensors are all as told is it.
 OFFICIAL: tuple[tuple[str, Mapping[str, Shape | None], Model | None], ...] = (
+    ("Stable Video Diffusion", {TIME_STACK: (None,)}, None),
+    ("Zero123", {CONTEXT: (320, 768), "cc_projection.weight": (None, None)}, None),
     ("Segmind Vega", {CONTEXT_XL: (640, 2048), DEPTH_XL.format(1): (1280,), DEPTH_XL.format(2): ABSENT}, None),
     ("SSD-1B", {CONTEXT_XL: (640, 2048), DEPTH_XL.format(3): (1280,), DEPTH_XL.format(4): ABSENT}, None),
     ("SDXL base", {VECTOR: (1280, 2816), CONTEXT_XL: (640, 2048), CONV_IN: (320, 4, 3, 3)}, SDXL),
@@ -127,9 +130,12 @@ OFFICIAL: tuple[tuple[str, Mapping[str, Shape | None], Model | None], ...] = (
 
 # Models of other families, by a tensor that only they have, with or without a prefix.
 OTHERS = {
-    r"joint_blocks\.0\.context_block\.attn\.qkv\.weight": "Stable Diffusion 3",
     r"distilled_guidance_layer\..*": "Chroma",
-    r"double_blocks\.0\.img_attn\.norm\.key_norm\.scale": "Flux",
+    # Each as its makers and as diffusers name it; Flux, too, has what is told of the last.
+    r"double_blocks\.0\.img_attn\.norm\.key_norm\.scale|single_transformer_blocks\.0\.attn\.to_k\.weight": "Flux",
+    r"joint_blocks\.0\.context_block\.attn\.qkv\.weight|transformer_blocks\.0\.norm1_context\.linear\.weight": (
+        "Stable Diffusion 3"
+    ),
     r"txt_in\.individual_token_refiner\..*": "HunyuanVideo",
     r"double_layers\.0\.attn\.w1q\.weight": "AuraFlow",
     r"clf\.1\.weight": "Stable Cascade",
@@ -140,30 +146,34 @@ OTHERS = {
     r"head\.modulation": "Wan",
 }
 
+ADDITION = "an addition to a model, which this version does not do"
+EMBEDDING = "embedding", "an embedding", "it gives a model words, pipe.load_embedding(this file)"
+
 # What is no whole model: a name that only such a file has, its kind, what to call it, and what to do with it.
 PIECES = {
-    r".*lora_.*|.*\.lora\..*|.*\.(hada|lokr)_w\d.*": (
+    r"(ip_adapter|image_proj)\..*": ("IP-Adapter", "an IP-Adapter", ADDITION),
+    r"(.*\.)?motion_modules\..*": ("AnimateDiff", "AnimateDiff's motion modules", ADDITION),
+    # What changes a model, in any of the forms that there are.
+    r".*lora_.*|.*\.lora\..*|.*_lora\..*|.*\.(hada|lokr)_w\d.*|.*\.(oft_\w+|ia3_l|on_input|diff|diff_b)(\..*)?": (
         "LoRA",
         "a LoRA",
         "it changes a model, pipe.load_lora(this file)",
     ),
-    r"control_model\..*|controlnet_.*": (
-        "ControlNet",
-        "a ControlNet",
-        "an addition to a model, which this version does not do",
-    ),
+    r"control_model\..*|controlnet_.*": ("ControlNet", "a ControlNet", ADDITION),
     r"(first_stage_model\.)?decoder\.conv_in\.weight": ("VAE", "a VAE alone", "load a model, with this file as vae="),
     r"down_blocks\.0\.resnets\..*": ("UNet", "a UNet alone", "give the folder that has model_index.json"),
-    r"(text_model\.)?embeddings\.token_embedding\.weight": (
+    r"(diffusion_model\.)?input_blocks\.0\.0\.weight": ("UNet", "a UNet alone", "give a file that has the whole model"),
+    r"(.*\.)?token_embedding\.weight": (
         "text encoder",
         "a text encoder alone",
-        "give the folder that has model_index.json",
+        "give the file or folder that has the whole model",
     ),
-    r"emb_params|clip_g|clip_l|<.*>": (
-        "embedding",
-        "an embedding",
-        "it gives a model words, pipe.load_embedding(this file)",
+    r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (
+        "text encoder",
+        "a T5 text encoder",
+        "it reads text for models of other families, which this version does not do",
     ),
+    r"emb_params|clip_g|clip_l|<.*>": EMBEDDING,
 }
 
 
@@ -191,6 +201,11 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Finding:
         for pattern, (kind, name, advice) in PIECES.items():
             if tells := first(shapes, pattern):
                 return Finding(kind, name, None, tells, advice)
+    if len(shapes) == 1:  # under the word itself
+        [(name, shape)] = shapes.items()
+        if len(shape) in (1, 2) and shape[-1] in (768, 1024, 1280):
+            kind, called, advice = EMBEDDING
+            return Finding(kind, called, None, {name: shape}, advice)
     return Finding("unknown", "no known model", None, {})
 
 

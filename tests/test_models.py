@@ -36,9 +36,79 @@ from synthetic import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse
 import ldm
 from ldm import checkpoint, models
 from ldm.checkpoint import load
+from ldm.samplers.schedule import Schedule
 from ldm.source import IGNORED
 
 KEYS = Path(__file__).parent / "keys"
+
+
+# The numbers of the official models
+
+
+CLIP_L = (768, 12, 12, "quick_gelu", 0, True, None, 49407)
+OPEN_CLIP_H = (1024, 23, 16, "gelu", 0, True, None, 0)
+CLIP_L_XL = (768, 12, 12, "quick_gelu", 1, False, None, 49407)
+OPEN_CLIP_BIG_G = (1280, 32, 20, "gelu", 1, False, 1280, 0)
+# Of the UNet: channels, heads at each level, depths, depth in the middle, widths of context and vector, whether the
+# projection is linear. Of the texts: width, layers, heads, activation, skip, final_norm, projection, pad token. Of the
+# VAE: scaling, upcast. Of the model: size, prediction, spacing, zero_negative.
+OFFICIAL_NUMBERS = {
+    "SD1": (
+        ((320, 640, 1280, 1280), (8, 8, 8, 8), (1, 1, 1, 0), 1, 768, None, False),
+        (CLIP_L, None),
+        (0.18215, False),
+        (512, "epsilon", None, False),
+    ),
+    "SD2": (
+        ((320, 640, 1280, 1280), (5, 10, 20, 20), (1, 1, 1, 0), 1, 1024, None, True),
+        (OPEN_CLIP_H, None),
+        (0.18215, False),
+        (512, "epsilon", None, False),
+    ),
+    "SDXL": (
+        ((320, 640, 1280), (5, 10, 20), (0, 2, 10), 10, 2048, 2816, True),
+        (CLIP_L_XL, OPEN_CLIP_BIG_G),
+        (0.13025, True),
+        (1024, "epsilon", "leading", True),
+    ),
+    "REFINER": (
+        ((384, 768, 1536, 1536), (6, 12, 24, 24), (0, 4, 4, 0), 4, 1280, 2560, True),
+        (None, OPEN_CLIP_BIG_G),
+        (0.13025, True),
+        (1024, "epsilon", "leading", False),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", OFFICIAL_NUMBERS)
+def test_official_numbers(row):
+    model, (unet, texts, vae, rest) = getattr(models, row), OFFICIAL_NUMBERS[row]
+    u, v, s = model.unet, model.vae, model.scheduler
+    heads = tuple(u.heads_at(channels) for channels in u.channels)
+    assert (u.channels, heads, u.depth, u.mid_depth, u.context_width, u.vector_width, u.linear_projection) == unet
+    assert (u.in_channels, u.out_channels, u.layers, u.groups) == (4, 4, 2, 32)
+    for text, told in zip((model.text_encoder, model.text_encoder_2), texts, strict=True):
+        assert (text and numbers(text)) == told
+        assert text is None or (text.vocab_size, text.length, text.end_token) == (49408, 77, 49407)
+    assert (v.scaling_factor, v.upcast) == vae
+    assert (v.channels, v.layers, v.latent_channels, v.groups) == ((128, 256, 512, 512), 2, 4, 32)
+    assert (model.size, s["prediction_type"], s.get("timestep_spacing"), model.zero_negative) == rest
+    assert (s["steps_offset"], s["set_alpha_to_one"]) == (1, False)
+    ends = Schedule.from_config(s).alphas_cumprod[[0, 999]].tolist()
+    assert ends == pytest.approx([0.99915, 0.0046600985], rel=1e-7)
+
+
+def numbers(text):
+    pad = checkpoint.official_tokenizer(text).pad
+    return text.width, text.layers, text.heads, text.activation, text.skip, text.final_norm, text.projection, pad
+
+
+def test_inpainting_rows():
+    """Nine channels in, and else the same numbers."""
+    rows = {name: model for name, _, model in models.OFFICIAL}
+    for name, model in {"SD 1.x": models.SD1, "SD 2.x": models.SD2, "SDXL": models.SDXL}.items():
+        assert rows[f"{name} inpainting"].unet == replace(model.unet, in_channels=9)
+        assert replace(rows[f"{name} inpainting"], unet=model.unet) == model
 
 
 # Layouts of the official files
