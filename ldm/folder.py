@@ -324,13 +324,23 @@ def weights(part: Path, dtype: torch.dtype | None) -> Source:
     raise CheckpointError(f"no weights in {part}: looked for {', '.join(names)}{hint}")
 
 
-def sharded(index: Path) -> Source:
+def shards_of(index: Path) -> list[str]:
+    return sorted(set(weight_map(index).values()))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file that each tensor is in."""
     c = {"weight_map": None} | read_json(index)
     homes = c["weight_map"] if isinstance(c["weight_map"], dict) else {}
     beside = like(list(homes.values()), [""]) and len(set(homes.values())) <= MOST_SHARDS
     beside = beside and all(file == Path(file).name for file in homes.values())
     good = f"an object of tensors and the files beside it that they are in, at most {MOST_SHARDS}"
     accept(index, c, "weight_map", beside, good)
+    return homes
+
+
+def sharded(index: Path) -> Source:
+    homes = weight_map(index)
     source = Source(index.parent, [index.parent / file for file in sorted(set(homes.values()))])
     for name, file in homes.items():
         if (found := source.files.get(name)) != index.parent / file:
