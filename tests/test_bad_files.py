@@ -254,11 +254,11 @@ FILES = {
     # headers that say nothing, or nonsense
     "nested without end, where safetensors does not look": (
         header(lambda e: json.dumps(e | {KEY: e[KEY] | {"x": 0}}).encode().replace(b'"x": 0', b'"x": ' + NESTED)),
-        DAMAGED + "|header is no JSON",
+        DAMAGED,
     ),
     "a long number, where safetensors does not look": (
         header(lambda e: json.dumps(e | {KEY: e[KEY] | {"x": 0}}).encode().replace(b'"x": 0', b'"x": ' + b"9" * 5000)),
-        DAMAGED + "|header is no JSON",
+        DAMAGED,
     ),
     "not UTF-8": (raw(lambda d: d[:12] + b"\xff\xfe" + d[14:]), DAMAGED),
     "not JSON": (raw(lambda d: d[:9] + b"}{" + d[11:]), DAMAGED),
