@@ -12,7 +12,7 @@ from torch import Tensor
 
 LONGEST_HEADER = 8_000_000  # bytes; SDXL's is 0.3 million, and reading one takes several times its size in memory
 # In a header; a tensor takes 10 of each: SDXL has 2,515, SD 1.5 with EMA about 2,000.
-MOST_QUOTES = MOST_COMMAS = 240_000
+MOST_QUOTES = MOST_COMMAS = 150_000
 FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes that weights may have
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.

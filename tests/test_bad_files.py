@@ -191,10 +191,11 @@ def sparse(size, start=b"{"):
     return make
 
 
-def many_tensors(entries):
+def many_tensors(count):
     """Without elements: they take no room among the data."""
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    return json.dumps(entries | {str(i): empty for i in range(110_000)}, separators=(",", ":")).encode()
+    more = {f"{i:040}": empty for i in range(count)}
+    return header(lambda entries: json.dumps(entries | more, separators=(",", ":")).encode())
 
 
 def telling_bias(shape, dtype, bits):
@@ -246,7 +247,8 @@ FILES = {
     "big-endian length": (raw(lambda d: d[:8][::-1] + d[8:]), "claims a header of"),
     "header of 9 MB": (long_header, "claims a header of 9,"),
     # more than fits into the memory
-    "many tensors": (header(many_tensors), "lists far more"),
+    "54,000 tensors": (many_tensors(54_000), "lists far more"),
+    "14,000 tensors": (many_tensors(14_000), "14000 unknown"),
     "many notes": (header(lambda e: e.update(__metadata__={str(i): "" for i in range(480_000)})), "lists far more"),
     "many extents": (entry(shape=[1] * 2_000_000), "lists far more"),
     "a bias that fills the memory": (telling_bias((320, 300_000), "F16", 16), FIT),
