@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from ldm import folder, hub, models
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
-from ldm.source import FLOATS, CheckpointError, Source
+from ldm.source import FLOATS, CheckpointError, Source, is_file
 from ldm.unet import VECTOR_NUMBERS, UNet
 from ldm.vae import VAE, VAEConfig
 
@@ -143,6 +144,7 @@ def existing(path: str | Path) -> Path:
     """Raises CheckpointError where there is nothing, or nothing that may be looked at."""
     try:
         Path(path).stat()
+        (Path(path) / "model_index.json").exists()  # an error for a folder that may not be looked into
     except FileNotFoundError as error:
         what = "is a link to nothing" if Path(path).is_symlink() else "does not exist"
         raise CheckpointError(f"{path} {what}. (A model of the Hugging Face hub is the str owner/name)") from error
@@ -200,7 +202,11 @@ def open_official(source: Source, prediction_type: str | None) -> Opened:
         scheduler["prediction_type"] = prediction_type
     elif "v_pred" in flags:
         said = "the tensor v_pred says so"
-    elif finding.name == "SD 2.x" and TELLS_V in source.shapes:  # without it the file is damaged, and will be refused
+    elif (  # without it, or with another size or dtype, the file is damaged, and will be refused
+        finding.name == "SD 2.x"
+        and 1 < prod(source.shapes.get(TELLS_V, ())) <= 320
+        and source.dtypes[TELLS_V] in FLOATS
+    ):
         spread = source[TELLS_V].float().std().item()
         scheduler["prediction_type"] = "v_prediction" if spread > 0.09 else "epsilon"
         said = f"{GUESS}, from a bias that spreads by {spread:.3f} (v: above 0.09)"
@@ -225,7 +231,7 @@ def open_folder(files: Path | folder.Embedded, own_vae: bool, weights: Callable[
     """A diffusers folder, or a single file with the JSON files of one in its metadata. weights: of a part, by name."""
     index = folder.read_index(files)
     xl = index["_class_name"] in folder.XL_PIPELINES
-    has_vae = own_vae or (files / "vae" / "config.json").is_file()
+    has_vae = own_vae or is_file(files / "vae" / "config.json")
     vae = folder.vae_config(files / "vae", xl) if has_vae else SDXL.vae if xl else VAEConfig()
     texts = {
         part: folder.text_config(files / part, xl, projects=part == "text_encoder_2")

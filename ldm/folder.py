@@ -14,7 +14,7 @@ from ldm.clip import TextConfig
 from ldm.clip.text_encoder import ACTIVATIONS
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.samplers import PREDICTION_TYPES, Schedule
-from ldm.source import PICKLES, CheckpointError, Source, conversion
+from ldm.source import PICKLES, CheckpointError, Source, conversion, is_file
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
@@ -81,8 +81,10 @@ VAE_FIXED = {
     "mid_block_add_attention": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
 }
-VAE_FREE = ("sample_size", "force_upcast", "latents_mean", "latents_std")
+VAE_FREE = ("sample_size", "force_upcast")
 
 TEXT_READ = {
     "vocab_size": 49408,
@@ -95,9 +97,13 @@ TEXT_READ = {
     "eos_token_id": 49407,
     "layer_norm_eps": 1e-5,
 }
+# For a text file: bytes, and objects that it is made of. The official tokenizer.json has 3.6 million, and 200,000.
+LONGEST_TEXT = 5_000_000
+MOST_ITEMS = 250_000
+MOST_SHARDS = 1000
 # Beyond what any model has, and few enough that a damaged config neither fills the memory nor takes for ever.
 LARGE = 10**6
-MOST = {"block_out_channels": 6, "layers_per_block": 4, "transformer_layers_per_block": 16, "num_hidden_layers": 64}
+MOST = {"block_out_channels": 5, "layers_per_block": 3, "transformer_layers_per_block": 12, "num_hidden_layers": 64}
 
 KINDS = {
     bool: "true or false",
@@ -112,27 +118,20 @@ class Embedded(NamedTuple):
 
     files: Mapping[str, str]
     where: Path
-    inner: str = ""
+    name: str = ""
 
     def __truediv__(self, name: str) -> "Embedded":
-        return self._replace(inner=f"{self.inner}/{name}".lstrip("/"))
+        return self._replace(name=f"{self.name}/{name}".lstrip("/"))
 
     def __str__(self) -> str:
-        return f"{self.inner} in the metadata of {self.where}"
-
-    @property
-    def name(self) -> str:
-        return self.inner.rpartition("/")[2]
+        return f"{self.name} in the metadata of {self.where}"
 
     @property
     def parent(self) -> Path:
         return self.where
 
     def is_file(self) -> bool:
-        return self.inner in self.files
-
-    def read_text(self, encoding: str) -> str:
-        return self.files[self.inner]
+        return self.name in self.files
 
 
 Folder = Path | Embedded
@@ -140,7 +139,7 @@ Folder = Path | Embedded
 
 def read_index(path: Folder) -> dict[str, Any]:
     where = path / "model_index.json"
-    if not where.is_file():
+    if not is_file(where):
         files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) if isinstance(path, Path) else ""
         hint = f"; it has {files}: a single file is given by its own path" if files else ""
         raise CheckpointError(f"{path} is not a diffusers folder: it has no model_index.json{hint}")
@@ -270,19 +269,23 @@ def tokenizer(part: Folder, text: TextConfig) -> Tokenizer:
     """Reads vocab.json and merges.txt, or tokenizer.json alone, as transformers 5 writes."""
     settings: dict[str, Any] = {"model_max_length": text.length, "pad_token": END}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second overrides the first
-        settings |= read_json(part / name) if (part / name).is_file() else {}
+        settings |= read_json(part / name) if is_file(part / name) else {}
     limit, pad = settings["model_max_length"], settings["pad_token"]
     pad = pad.get("content", "") if isinstance(pad, dict) else pad
     accept(part, settings, "model_max_length", type(limit) in (int, float) and limit > 2, "a number above 2")
     accept(part, settings, "pad_token", isinstance(pad, str), "a token, or an object with its content")
     length = int(min(text.length, limit))  # transformers writes 1e30 for no limit
     vocab, merges, both = part / "vocab.json", part / "merges.txt", part / "tokenizer.json"
-    two = vocab.is_file() and merges.is_file()
-    if not two and not both.is_file():
+    two = is_file(vocab) and is_file(merges)
+    if not two and not is_file(both):
         raise CheckpointError(f"no tokenizer in {part}: looked for vocab.json with merges.txt, and for tokenizer.json")
     where = f"{vocab} with {merges.name}" if two else str(both)
+    texts = [read_text(file) for file in ((vocab, merges) if two else (both,))]
     try:
-        made = Tokenizer.from_files(vocab, merges, length, pad) if two else from_tokenizer_json(both, length, pad)
+        if two:
+            made = Tokenizer.from_texts(texts[0], texts[1], length, pad)
+        else:
+            made = Tokenizer.from_json(texts[0], length, pad)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(
             f"{where} is no tokenizer: {error!r}. Accepted is a vocab of tokens and their ids, and merges of two tokens"
@@ -294,12 +297,6 @@ def tokenizer(part: Folder, text: TextConfig) -> Tokenizer:
             " give a tokenizer and a text encoder that belong together"
         )
     return made
-
-
-def from_tokenizer_json(path: Folder, length: int, pad: str) -> Tokenizer:
-    model = read_json(path)["model"]
-    pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
-    return Tokenizer(model["vocab"], pairs, length, pad)
 
 
 def stem_of(part: str) -> str:
@@ -318,10 +315,8 @@ def weights(part: Path, dtype: torch.dtype | None) -> Source:
     stem = stem_of(part.name)
     names = weight_names(stem, dtype)
     for path in (part / name for name in names):
-        if path.is_file():
-            index = path.suffix == ".json"
-            shards = shards_of(path) if index else [path.name]
-            return Source(part, [part / shard for shard in shards])
+        if is_file(path):
+            return sharded(path) if path.suffix == ".json" else Source(part, [path])
     hint = ""
     for path in sorted(path for path in part.glob(f"*{stem}*") if path.suffix in PICKLES):
         target = part / f"{stem}{path.stem.partition(stem)[2]}.safetensors"  # pytorch_model.bin, but model.safetensors
@@ -330,11 +325,30 @@ def weights(part: Path, dtype: torch.dtype | None) -> Source:
 
 
 def shards_of(index: Path) -> list[str]:
+    return sorted(set(weight_map(index).values()))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file that each tensor is in."""
     c = {"weight_map": None} | read_json(index)
-    files = c["weight_map"].values() if isinstance(c["weight_map"], dict) else []
-    beside = like(list(files), [""]) and all(file == Path(file).name for file in files)
-    accept(index, c, "weight_map", beside, "an object of tensors and the files beside it that they are in")
-    return sorted(set(files))
+    homes = c["weight_map"] if isinstance(c["weight_map"], dict) else {}
+    beside = like(list(homes.values()), [""]) and len(set(homes.values())) <= MOST_SHARDS
+    beside = beside and all(file == Path(file).name for file in homes.values())
+    good = f"an object of tensors and the files beside it that they are in, at most {MOST_SHARDS}"
+    accept(index, c, "weight_map", beside, good)
+    return homes
+
+
+def sharded(index: Path) -> Source:
+    homes = weight_map(index)
+    source = Source(index.parent, [index.parent / file for file in sorted(set(homes.values()))])
+    for name, file in homes.items():
+        if (found := source.files.get(name)) != index.parent / file:
+            raise CheckpointError(
+                f"{index} says that {name} is in {file}, but it is in {found.name if found else 'none of its files'}:"
+                " download or copy them again"
+            )
+    return source
 
 
 def read_config(where: Folder, read: Mapping, fixed: Mapping, free: tuple[str, ...]) -> dict[str, Any]:
@@ -375,15 +389,35 @@ def accept(where: Folder, config: Mapping, field: str, good: bool, accepted: Any
         raise CheckpointError(f"{where}: {field} is {given}, but this version only does {accepted}")
 
 
-def read_json(path: Folder) -> dict[str, Any]:
-    if not path.is_file():
+def read_text(path: Folder, what: str = "text in UTF-8") -> str:
+    """Raises CheckpointError for what is no text, or so long that it, or what is made of it, would fill the memory."""
+    if not is_file(path):
         raise CheckpointError(f"{path.parent} has no {path.name}, and cannot be loaded without")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        if isinstance(path, Embedded):
+            text = path.files[path.name]
+        else:
+            with path.open("rb") as file:
+                text = file.read(LONGEST_TEXT + 1).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not {what}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(text) > LONGEST_TEXT or sum(map(text.count, ",[{")) > MOST_ITEMS:
+        raise CheckpointError(
+            f"{path} is too long: no such file of a model needs more than {LONGEST_TEXT:,} bytes or {MOST_ITEMS:,}"
+            " items; download or copy it again"
+        )
+    return text
+
+
+def read_json(path: Folder) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text(path, "JSON"))
+    except CheckpointError:  # a ValueError too
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is {str(value)[:40]}: accepted is a JSON object, {{...}}")
     return value

@@ -5,11 +5,14 @@ import re
 import shlex
 from collections import Counter
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 LONGEST_HEADER = 8_000_000  # bytes; SDXL's is 0.3 million, and reading one takes several times its size in memory
+# In a header; a tensor takes 10 of each: SDXL has 2,515, SD 1.5 with EMA about 2,000.
+MOST_QUOTES = MOST_COMMAS = 150_000
 FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes that weights may have
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Tensors that no net needs: EMA copies, the noise schedule (computed again in float64), losses, CLIP's image side.
@@ -17,6 +20,12 @@ IGNORED = re.compile(
     r"model_ema\..*|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|scale_factor|denoiser\.sigmas|loss\..*"
     r"|(.*\.)?(position_ids|logit_scale)"
 )
+
+
+class CanBeFile(Protocol):
+    """A pathlib.Path, or what stands for one."""
+
+    def is_file(self) -> bool: ...
 
 
 class CheckpointError(ValueError):
@@ -39,10 +48,17 @@ class Source:
         self.metadata: dict[str, str] = {}
         self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._places: dict[str, tuple[safe_open, str]] = {}  # the file and the name of the tensor to look in
+        self.files: dict[str, Path] = {}  # that each tensor is stored in
         for path in files:
             file = open_safetensors(path)
             self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
+                if name in self.files:
+                    raise CheckpointError(
+                        f"{path} has {name}, and so has {self.files[name]}: which of them is meant is not said;"
+                        " download or copy the files again"
+                    )
+                self.files[name] = path
                 tensor = file.get_slice(name)
                 self.stored[name] = dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if not IGNORED.fullmatch(name):
@@ -83,6 +99,14 @@ def open_safetensors(path: Path) -> safe_open:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def is_file(path: CanBeFile) -> bool:
+    """Raises CheckpointError where a folder on the way may not be looked into."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def mapped(path: Path) -> safe_open:
     if not path.is_file():
         raise CheckpointError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
@@ -108,6 +132,13 @@ def mapped(path: Path) -> safe_open:
             f" {LONGEST_HEADER:,}; download or copy it again"
         )
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path} has a name that is not UTF-8, which safetensors cannot open: rename it"
+        ) from error
+    check_count(path, text)
+    try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:
         raise CheckpointError(
@@ -118,6 +149,18 @@ def mapped(path: Path) -> safe_open:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise CheckpointError(f"{path} is damaged: it has {twice[0]} more than once; download or copy it again")
     return opened
+
+
+def check_count(path: Path, header: bytes) -> None:
+    """Raises CheckpointError for a header that would make so many objects that they fill the memory."""
+    bare = header.replace(rb"\\", b"").replace(rb"\"", b"")
+    quotes = bare.count(b'"')
+    commas = sum(outside.count(b",") for outside in bare.split(b'"')[::2]) if quotes <= MOST_QUOTES else 0
+    if quotes > MOST_QUOTES or commas > MOST_COMMAS:
+        raise CheckpointError(
+            f"{path} is damaged: its header lists far more than the some thousand tensors of the largest models, or far"
+            " more metadata; download or copy it again"
+        )
 
 
 def is_pickle(path: Path) -> bool:

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from tokenizers import Regex
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ldm.clip.cleanup import clean
 
+MOST = 100_000  # tokens, and merges; CLIP has 49,408
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 OFFICIAL = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
 # OpenAI's pattern ignores case. In lower-cased text that still lets the long s stand for s, and drops U+0345, a mark
@@ -39,23 +39,20 @@ def pairs(lines: Iterable[str]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in map(str.split, lines)]
 
 
-class Readable(Protocol):
-    """A pathlib.Path, or another thing with a text in it."""
-
-    def read_text(self, encoding: str) -> str: ...
-
-
 class Tokenizer:
     """Text to ids, and to the (B,length) int64 tensor that the text encoder reads.
 
     `length` tokens per prompt; `begin`, `end`, `pad` are ids; `words` are those that were added, cleaned, with the ids
-    that each stands for. Raises ValueError for a special token that `vocab` lacks.
+    that each stands for. Raises ValueError for a special token that `vocab` lacks, and for more than MOST tokens or
+    merges.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77, pad_token: str = END):
         for token in (BEGIN, END, pad_token):
             if token not in vocab:
                 raise ValueError(f"the vocabulary ({len(vocab)} tokens) has no {token!r}; name a token that it has")
+        if max(len(vocab), len(merges)) > MOST:
+            raise ValueError(f"{len(vocab):,} tokens and {len(merges):,} merges; give at most {MOST:,} of each")
         self.vocab = vocab
         self.merges = merges
         self.words: dict[str, list[int]] = {}
@@ -77,11 +74,24 @@ class Tokenizer:
         return cls({token: i for i, token in enumerate(tokens)}, merges, pad_token=pad_token)
 
     @classmethod
-    def from_files(cls, vocab: Readable, merges: Readable, length: int = 77, pad_token: str = END) -> "Tokenizer":
+    def from_files(cls, vocab: Path, merges: Path, length: int = 77, pad_token: str = END) -> "Tokenizer":
         """A diffusers folder's tokenizer/vocab.json and tokenizer/merges.txt."""
-        lines = merges.read_text(encoding="utf-8").split("\n")
-        merge_list = pairs(line for line in lines if line and not line.startswith("#version"))
-        return cls(json.loads(vocab.read_text(encoding="utf-8")), merge_list, length, pad_token)
+        return cls.from_texts(vocab.read_text("utf-8"), merges.read_text("utf-8"), length, pad_token)
+
+    @classmethod
+    def from_texts(cls, vocab: str, merges: str, length: int = 77, pad_token: str = END) -> "Tokenizer":
+        """What stands in these two files."""
+        if merges.count("\n") > MOST:
+            raise ValueError(f"{merges.count(chr(10)):,} lines of merges; give at most {MOST:,}")
+        merge_list = pairs(line for line in merges.split("\n") if line and not line.startswith("#version"))
+        return cls(json.loads(vocab), merge_list, length, pad_token)
+
+    @classmethod
+    def from_json(cls, text: str, length: int = 77, pad_token: str = END) -> "Tokenizer":
+        """What stands in a tokenizer.json, transformers' file of both."""
+        model = json.loads(text)["model"]
+        merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
+        return cls(model["vocab"], merges, length, pad_token)
 
     def add(self, word: str, ids: list[int]) -> None:
         """Let a word stand for ids of its own wherever it is not a part of a longer one, in any case."""
