@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from safetensors import SafetensorError
@@ -48,21 +48,24 @@ def write_folder(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """All or nothing: yields an empty folder beside `folder`, whose place it takes at the end unless there is an error.
 
-    Should the machine die between the two renames, the earlier folder still has its files, under the name `*.old`.
+    Should the machine die between the two renames, the earlier folder still has its files, as `old` in the new folder
+    beside it.
     """
-    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+    new, old = beside / "new", beside / "old"
+    new.mkdir()  # a folder of its own, with the mode of any new one: mkdtemp's only its owner can read
     try:
-        yield temporary
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     except BaseException:
-        shutil.rmtree(temporary)
+        if old.exists():
+            old.rename(folder)
+        shutil.rmtree(beside)
         raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 # What a diffusers folder says in JSON
