@@ -4,6 +4,7 @@ A single file that is written here has the folder's JSON and tokenizer files in 
 loads as what the folder was, though its tensors do not say how the model predicts, or which tokenizer it wants.
 """
 
+import json
 import pickle
 import re
 import zipfile
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import Plan, check, check_widths, existing, make_plans, open_model, warn_of_guess
-from ldm.save import as_json, folder_texts, write_file, write_folder
-from ldm.source import CheckpointError, is_pickle
+from ldm.clip.tokenizer import Tokenizer
+from ldm.save import as_json, folder_texts, tokenizer_texts, write_file, write_folder
+from ldm.source import LONGEST_HEADER, CheckpointError, is_pickle
 
 # The text files of a diffusers folder that matter here.
 TEXTS = re.compile(
@@ -59,13 +61,19 @@ def convert(
     values = {part: plan.tensors(dtype) for part, plan in plans.items()}
     metadata = {} if source.is_dir() else opened.sources["unet"].metadata
     texts = texts_of(source, metadata)
+    tokenizers = opened.tokenizers()
     if "model_index.json" not in texts:
-        texts = folder_texts(model, opened.tokenizers())
+        texts = folder_texts(model, tokenizers)
     elif prediction_type is not None:
         texts["scheduler/scheduler_config.json"] = as_json(model.scheduler)
     if single:
         named = [official(plans[part], tensors) for part, tensors in values.items()]
-        write_file(target, {k: v for part in named for k, v in part.items()}, {"format": "pt", **metadata, **texts})
+        others = {name: text for name, text in metadata.items() if not TEXTS.fullmatch(name)}
+        write_file(
+            target,
+            {name: tensor for part in named for name, tensor in part.items()},
+            {"format": "pt", **others, **single_texts(texts, tokenizers)},
+        )
     else:
         write_folder(target, values, texts)
 
@@ -74,8 +82,33 @@ def texts_of(source: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     """The text files of a folder, or of the folder that a single file once was, by their paths."""
     files = {file.relative_to(source).as_posix(): file for file in source.glob("*/*") if file.is_file()}
     files |= {file.name: file for file in source.glob("model_index.json")}
-    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items() if TEXTS.fullmatch(name)}
+    texts = {name: read(file) for name, file in files.items() if TEXTS.fullmatch(name)}
     return texts | {name: text for name, text in metadata.items() if TEXTS.fullmatch(name)}
+
+
+def read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8: {error.reason} at byte {error.start:,}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def single_texts(texts: Mapping[str, str], tokenizers: Mapping[str, Tokenizer | None]) -> dict[str, str]:
+    """The texts that fit in a header: without tokenizer.json, of 3.6 MB with CLIP's own tokens, for which vocab.json
+    and merges.txt stand; and with these as short as they can be where the folder's own do not fit."""
+    short = {
+        f"{part}/{name}": text
+        for part, tokenizer in tokenizers.items()
+        if tokenizer is not None
+        for name, text in tokenizer_texts(tokenizer).items()
+        if name in ("vocab.json", "merges.txt")
+    }
+    kept = {name: text for name, text in texts.items() if not name.endswith("tokenizer.json")}
+    length = len(json.dumps(kept, ensure_ascii=False).encode())
+    fits = short.keys() <= kept.keys() and length < LONGEST_HEADER - 1_000_000  # SDXL's tensors take 0.3 million
+    return kept if fits else kept | short
 
 
 def official(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

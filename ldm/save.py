@@ -16,12 +16,14 @@ from ldm.clip import TextConfig
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.folder import stem_of
 from ldm.models import Model
+from ldm.source import LONGEST_HEADER
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, whole or not at all."""
+    """One safetensors file, whole or not at all. Raises ValueError where its header would be too long to be loaded."""
+    check_header(path, tensors, metadata)
     with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
         new = Path(folder) / path.name
         new.touch()
@@ -32,6 +34,18 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             raise OSError(f"{path} could not be written: {error}") from error
         new.chmod(mode)
         new.rename(path)
+
+
+def check_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    end = sum(tensor.nbytes for tensor in tensors.values())  # no offset has more digits
+    infos = {n: {"dtype": "F8_E8M0", "shape": [*t.shape], "data_offsets": [end, end]} for n, t in tensors.items()}
+    header = json.dumps({"__metadata__": dict(metadata), **infos}, ensure_ascii=False, separators=(",", ":"))
+    if (length := len(header.encode())) > LONGEST_HEADER:
+        name, text = max(metadata.items(), key=lambda item: len(item[1]), default=("tensors", infos))
+        raise ValueError(
+            f"{path} would have a header of {length:,} bytes, and at most {LONGEST_HEADER:,} are read; the longest text"
+            f" in it is {name} ({len(text):,} characters): convert to a folder, which has it as a file"
+        )
 
 
 def write_folder(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
@@ -210,7 +224,7 @@ def tokenizer_texts(tokenizer: Tokenizer) -> dict[str, str]:
     )
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)])
     return {
-        "vocab.json": json.dumps(tokenizer.vocab, ensure_ascii=False) + "\n",
+        "vocab.json": json.dumps(tokenizer.vocab, ensure_ascii=False, separators=(",", ":")) + "\n",
         "merges.txt": merges + "\n",
         "tokenizer_config.json": as_json(config),
     }

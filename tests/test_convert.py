@@ -3,21 +3,26 @@
 import json
 import os
 import pickle
+import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from family import MODELS, official_tensors, ours, reference, saved, theirs
+from family import MODELS, XL, assert_close, official_tensors, ours, reference, saved, theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from synthetic import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse
+from synthetic import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse, vocabulary
+from transformers import CLIPTokenizer
 
 import ldm
 from ldm import models, save
 from ldm.checkpoint import CheckpointError, make_plans, open_model
+from ldm.clip.tokenizer import Tokenizer
 from ldm.convert import convert, official
+from ldm.source import LONGEST_HEADER
 
 KEYS = Path(__file__).parent / "keys"
 EMOJI = Path(ldm.__file__).parent.parent / "weights" / "emoji-64"
@@ -42,9 +47,15 @@ def single_file(kind, pipe, folder, monkeypatch, name="tiny"):
     to_k = next(name for name in tensors if name.endswith("attn2.to_k.weight"))
     tells = {name: tuple(tensors[name].shape) for name in (models.CONV_IN, to_k)}
     monkeypatch.setattr(models, "OFFICIAL", ((name, tells, MODELS[kind]),))
+    monkeypatch.setattr(ldm.checkpoint, "official_tokenizer", small_tokenizer)
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "official.safetensors")
     return folder / "official.safetensors"
+
+
+def small_tokenizer(text):
+    """In the place of the official one, whose ids the tiny encoders do not have."""
+    return text and Tokenizer(*vocabulary(), pad_token="<|endoftext|>" if text.activation == "quick_gelu" else "!")
 
 
 def assert_bitwise(ours, theirs):
@@ -73,16 +84,19 @@ def test_file_to_folder_and_back(kind, made, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_folder_to_file_and_back(kind, made, tmp_path):
-    """The folder is another program's: all text files that matter come back as they were."""
+    """The folder is another program's: all text files that matter come back as they were, but for tokenizer.json,
+    which becomes the two that say the same."""
     folder, _, pipe = made(kind)
     convert(folder, tmp_path / "single.safetensors")
     assert_bitwise(load_file(tmp_path / "single.safetensors"), official_tensors(pipe))
     convert(tmp_path / "single.safetensors", tmp_path / "back")
     before, after = contents(folder), contents(tmp_path / "back")
     lost = before.keys() - after.keys()
-    assert all(Path(name).name == "preprocessor_config.json" for name in lost), lost
+    assert all(Path(name).name in ("preprocessor_config.json", "tokenizer.json") for name in lost), lost
     for name in after:
-        if name.endswith(".safetensors"):  # transformers writes its names with text_model. or without
+        if name.endswith(("vocab.json", "merges.txt")):
+            assert name not in before
+        elif name.endswith(".safetensors"):  # transformers writes its names with text_model. or without
             mine, other = (load_file(path / name) for path in (tmp_path / "back", folder))
             assert_bitwise(*({k.removeprefix("text_model."): v for k, v in t.items()} for t in (mine, other)))
         else:
@@ -99,6 +113,73 @@ def test_the_converted_draw_the_same(kind, made, tmp_path, monkeypatch):
     for path in ("single.safetensors", "folder"):
         assert torch.equal(ours(ldm.Pipeline.from_pretrained(tmp_path / path), prompt="a cat"), expected)
     assert file.is_file()
+
+
+@pytest.fixture(scope="module")
+def official_vocabulary(tmp_path_factory):
+    """SDXL in tiny, but with encoders of CLIP's own 49,408 tokens."""
+    texts = {p: replace(getattr(XL, p), vocab_size=49408, end_token=49407) for p in ("text_encoder", "text_encoder_2")}
+    pipe = reference(replace(XL, **texts), EulerDiscreteScheduler)
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        tokenizer = Tokenizer.official(pad)
+        setattr(pipe, name, CLIPTokenizer(tokenizer.vocab, tokenizer.merges, model_max_length=77, pad_token=pad))
+    folder = tmp_path_factory.mktemp("official") / "model"
+    return folder, saved(pipe, folder)
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "two", "all", "long"])
+def test_official_tokenizers_fit_in_a_header(files, official_vocabulary, tmp_path):
+    made, pipe = official_vocabulary
+    shutil.copytree(made, folder := tmp_path / "folder")
+    two = {}
+    for part, tokenizer in (("tokenizer", pipe.tokenizer), ("tokenizer_2", pipe.tokenizer_2)):
+        assert (folder / part / "tokenizer.json").stat().st_size > 3_000_000
+        if files != "tokenizer.json":
+            merges = save.tokenizer_texts(tokenizer)["merges.txt"]
+            vocab = json.dumps(tokenizer.vocab, indent=60 if files == "long" else 2)
+            for name, text in (("vocab.json", vocab), ("merges.txt", merges)):
+                (folder / part / name).write_text(text, encoding="utf-8")
+                two[f"{part}/{name}"] = text.encode()
+        if files == "two":
+            (folder / part / "tokenizer.json").unlink()
+    convert(folder, tmp_path / "single.safetensors")
+    with (tmp_path / "single.safetensors").open("rb") as file:
+        assert 3_000_000 < int.from_bytes(file.read(8), "little") <= LONGEST_HEADER
+    convert(tmp_path / "single.safetensors", tmp_path / "back")
+    back = contents(tmp_path / "back")
+    assert not any(name.endswith("tokenizer.json") for name in back)
+    assert all(back[name] == text for name, text in two.items()) == (files != "long")
+    prompt = "a photo of a cat"
+    expected = ours(pipe, prompt=prompt, steps=2)
+    for path in ("single.safetensors", "back"):
+        other = ldm.Pipeline.from_pretrained(tmp_path / path)
+        for part in ("tokenizer", "tokenizer_2"):
+            assert torch.equal(getattr(other, part)(prompt), getattr(pipe, part)(prompt))
+        # Not bitwise: a tensor's place in memory, which follows the header's length, tells in the last digits.
+        assert_close(ours(other, prompt=prompt, steps=2), expected)
+
+
+def test_too_long_a_header(made, tmp_path):
+    """What ldm would not read again it does not write."""
+    folder, _, _ = made("SD 1")
+    convert(folder, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        texts = file.metadata()
+
+    def length(notes):
+        save.write_file(tmp_path / "b.safetensors", tensors, texts | {"notes": notes})
+        return int.from_bytes((tmp_path / "b.safetensors").read_bytes()[:8], "little")
+
+    room = LONGEST_HEADER - length("")
+    assert LONGEST_HEADER - 10_000 < length("é" * (room // 2 - 4_000)) <= LONGEST_HEADER
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors")
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"b.safetensors would have a header of 8,\d+,\d+ bytes, and at most 8,000,000"
+    ):
+        length("é" * (room // 2 + 1))
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["SD 1", "SD 2 v", "SDXL"])
