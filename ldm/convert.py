@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import Plan, check, check_widths, existing, make_plans, open_model, warn_of_guess
+from ldm.checkpoint import NETS, Plan, check, check_widths, existing, make_plans, open_model, warn_of_guess
 from ldm.clip.tokenizer import Tokenizer
 from ldm.save import as_json, folder_texts, tokenizer_texts, write_file, write_folder
 from ldm.source import LONGEST_HEADER, CheckpointError, is_pickle
@@ -64,8 +64,10 @@ def convert(
     tokenizers = opened.tokenizers()
     if "model_index.json" not in texts:
         texts = folder_texts(model, tokenizers)
-    elif prediction_type is not None:
-        texts["scheduler/scheduler_config.json"] = as_json(model.scheduler)
+    else:
+        texts["model_index.json"] = index_of_carried(texts["model_index.json"])
+        if prediction_type is not None:
+            texts["scheduler/scheduler_config.json"] = as_json(model.scheduler)
     if single:
         named = [official(plans[part], tensors) for part, tensors in values.items()]
         others = {name: text for name, text in metadata.items() if not TEXTS.fullmatch(name)}
@@ -84,6 +86,17 @@ def texts_of(source: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     files |= {file.name: file for file in source.glob("model_index.json")}
     texts = {name: read(file) for name, file in files.items() if TEXTS.fullmatch(name)}
     return texts | {name: text for name, text in metadata.items() if TEXTS.fullmatch(name)}
+
+
+def index_of_carried(text: str) -> str:
+    """A model_index.json that names no part which is left behind: diffusers would look for it."""
+    index = json.loads(text)
+    carried = (*NETS, "tokenizer", "tokenizer_2", "scheduler")
+    left = [part for part, kind in index.items() if isinstance(kind, list) and any(kind) and part not in carried]
+    index |= {part: [None, None] for part in left}
+    if "safety_checker" in left:
+        index["requires_safety_checker"] = False
+    return as_json(index) if left else text
 
 
 def read(file: Path) -> str:

@@ -20,6 +20,9 @@ from ldm.source import LONGEST_HEADER
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
+# The version of diffusers whose configs these are: without one, its pipelines for inpainting do not load.
+DIFFUSERS = "0.42.1"
+
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """One safetensors file, whole or not at all. Raises ValueError where its header would be too long to be loaded."""
@@ -113,6 +116,7 @@ def index(model: Model) -> dict[str, Any]:
     kind = "Img2Img" if model.text_encoder is None else "Inpaint" if model.unet.in_channels > 4 else ""
     fields: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
+        "_diffusers_version": DIFFUSERS,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],

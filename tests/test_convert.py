@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from family import MODELS, XL, assert_close, official_tensors, ours, reference, saved, theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import BUFFERS, LAYOUTS, OTHERS, UNUSED, sparse, vocabulary
-from transformers import CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTokenizer
 
 import ldm
 from ldm import models, save
@@ -182,17 +182,15 @@ def test_too_long_a_header(made, tmp_path):
     assert not (tmp_path / "b.safetensors").exists()
 
 
-@pytest.mark.parametrize("kind", ["SD 1", "SD 2 v", "SDXL"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_diffusers_loads_the_folder(kind, made, tmp_path, monkeypatch):
     """The folder whose JSON files are ours, written from an official file."""
     _, reference, pipe = made(kind)
-    monkeypatch.setattr(ldm.checkpoint, "official_tokenizer", lambda text: None)  # the tiny model has one of its own
-    monkeypatch.setattr("ldm.convert.texts_of", lambda source, metadata: {})
     file = single_file(kind, pipe, tmp_path, monkeypatch)
-    convert(file, tmp_path / "folder", prediction_type=MODELS[kind].scheduler["prediction_type"])
-    tokenizers = {part: getattr(reference, part) for part in ("tokenizer", "tokenizer_2") if hasattr(reference, part)}
-    cls = StableDiffusionXLPipeline if "tokenizer_2" in tokenizers else StableDiffusionPipeline
-    other = cls.from_pretrained(tmp_path / "folder", local_files_only=True, **tokenizers)
+    prediction_type = MODELS[kind].scheduler["prediction_type"]
+    convert(file, tmp_path / "folder", prediction_type=prediction_type)
+    other = DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    assert type(other) is type(reference)
     other.set_progress_bar_config(disable=True)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if net := getattr(reference, part, None):
@@ -202,16 +200,50 @@ def test_diffusers_loads_the_folder(kind, made, tmp_path, monkeypatch):
                 fields += ["projection_dim"] * (part == "text_encoder_2")
                 config = getattr(other, part).config
                 assert [getattr(config, f) for f in fields] == [getattr(net.config, f) for f in fields]
-    if cls is StableDiffusionPipeline:
+    for part in ("tokenizer", "tokenizer_2"):
+        if tokenizer := getattr(reference, part, None):
+            ids = [t("a cat, the red", padding="max_length").input_ids for t in (getattr(other, part), tokenizer)]
+            assert ids[0] == ids[1]
+    assert other.scheduler.config.prediction_type == prediction_type
+    if hasattr(reference, "safety_checker"):
         object.__setattr__(other.text_encoder, "text_model", other.text_encoder)
-    assert other.scheduler.config.prediction_type == MODELS[kind].scheduler["prediction_type"]
-    a, b = (theirs(p, prompt="a cat", negative_prompt="the red") for p in (other, reference))
-    sampler = "euler" if kind == "SDXL" else "ddim"
-    assert (a - b).abs().max() == 0 or sampler == "ddim"  # the folder names the sampler of the official ones
-    mine = ldm.Pipeline.from_pretrained(file, prediction_type=MODELS[kind].scheduler["prediction_type"])
-    mine.tokenizer, mine.tokenizer_2 = pipe.tokenizer, pipe.tokenizer_2
-    mine = ours(mine, prompt="a cat", negative_prompt="the red", sampler=sampler)
+    arguments = {"prompt": "a cat", "negative_prompt": "the red"}
+    xl = hasattr(reference, "tokenizer_2")
+    shown = {}
+    if "inpainting" in kind or kind == "refiner":
+        image, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+        mask[..., 32:] = 1
+        shown = {"image": image} if kind == "refiner" else {"image": image, "mask_image": mask}
+    a, b = (theirs(p, **arguments, **shown) for p in (other, reference))
+    assert (a - b).abs().max() == 0 or not xl  # the folder names the sampler of the official ones
+    if shown:
+        return
+    mine = ldm.Pipeline.from_pretrained(file, prediction_type=prediction_type)
+    mine = ours(mine, **arguments, sampler="euler" if xl else "ddim")
     assert (a - mine).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("target", ["folder", "single.safetensors"])
+def test_parts_that_are_left_behind(target, tmp_path):
+    """A usual folder of SD 1 names a filter and what prepares pictures for it: diffusers would look for their files."""
+    pipe = reference(MODELS["SD 1"], EulerDiscreteScheduler)
+    pipe.register_modules(feature_extractor=CLIPImageProcessor())
+    saved(pipe, tmp_path / "made")
+    index = json.loads((tmp_path / "made" / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "requires_safety_checker": True,
+        "_name_or_path": "me/mine",
+    }
+    assert index["feature_extractor"][1].startswith("CLIPImageProcessor")
+    (tmp_path / "made" / "model_index.json").write_text(json.dumps(index))
+    convert(tmp_path / "made", tmp_path / target)
+    if target != "folder":
+        convert(tmp_path / target, tmp_path / "folder")
+    nothing = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    assert json.loads((tmp_path / "folder" / "model_index.json").read_text()) == index | nothing
+    other = DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    assert_bitwise(other.unet.state_dict(), pipe.unet.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["SD 1", "SDXL"])
