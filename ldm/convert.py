@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ldm.checkpoint import NETS, Plan, check, check_widths, existing, make_plans, open_model, warn_of_guess
 from ldm.clip.tokenizer import Tokenizer
+from ldm.models import Model
 from ldm.save import as_json, folder_texts, tokenizer_texts, write_file, write_folder
-from ldm.source import LONGEST_HEADER, CheckpointError, is_pickle
+from ldm.source import LONGEST_HEADER, CheckpointError, Source, is_pickle
 
 # The text files of a diffusers folder that matter here.
 TEXTS = re.compile(
@@ -73,7 +74,7 @@ def convert(
         others = {name: text for name, text in metadata.items() if not TEXTS.fullmatch(name)}
         write_file(
             target,
-            {name: tensor for part in named for name, tensor in part.items()},
+            {name: tensor for part in named for name, tensor in part.items()} | flags(model, opened.sources["unet"]),
             {"format": "pt", **others, **single_texts(texts, tokenizers)},
         )
     else:
@@ -122,6 +123,19 @@ def single_texts(texts: Mapping[str, str], tokenizers: Mapping[str, Tokenizer | 
     length = len(json.dumps(kept, ensure_ascii=False).encode())
     fits = short.keys() <= kept.keys() and length < LONGEST_HEADER - 1_000_000  # SDXL's tensors take 0.3 million
     return kept if fits else kept | short
+
+
+def flags(model: Model, source: Source) -> dict[str, Tensor]:
+    """The empty tensors by which other programs know how a model predicts, and on which schedule.
+
+    They know SD 2 by a guess from its weights, and its files have no v_pred unless they came with one.
+    """
+    sd2 = model.text_encoder_2 is None and model.text_encoder is not None and model.text_encoder.activation == "gelu"
+    says = {
+        "v_pred": model.scheduler["prediction_type"] == "v_prediction" and (not sd2 or "v_pred" in source.stored),
+        "ztsnr": model.scheduler.get("rescale_betas_zero_snr"),
+    }
+    return {name: torch.zeros(0) for name, said in says.items() if said}
 
 
 def official(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

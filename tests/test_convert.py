@@ -19,12 +19,13 @@ from transformers import CLIPImageProcessor, CLIPTokenizer
 
 import ldm
 from ldm import models, save
-from ldm.checkpoint import CheckpointError, make_plans, open_model
+from ldm.checkpoint import CheckpointError, load, make_plans, open_model
 from ldm.clip.tokenizer import Tokenizer
 from ldm.convert import convert, official
 from ldm.source import LONGEST_HEADER
 
 KEYS = Path(__file__).parent / "keys"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 EMOJI = Path(ldm.__file__).parent.parent / "weights" / "emoji-64"
 
 
@@ -255,6 +256,55 @@ def test_diffusers_loads_the_file(kind, made, tmp_path):
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if net := getattr(reference, part, None):
             assert_bitwise(getattr(other, part).state_dict(), net.state_dict())
+
+
+V = {"prediction_type": "v_prediction"}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "expected"),
+    [
+        ("SD 1", {}, set()),
+        ("SD 1", V, {"v_pred"}),
+        ("SD 1", V | ZERO_SNR, {"v_pred", "ztsnr"}),
+        ("SD 2", V, set()),
+        ("SD 2", V | ZERO_SNR, {"ztsnr"}),
+        ("SDXL", V, {"v_pred"}),
+        ("SDXL", V | ZERO_SNR, {"v_pred", "ztsnr"}),
+    ],
+)
+def test_flags(kind, fields, expected, made, tmp_path, monkeypatch):
+    """webui and ComfyUI ask the tensors alone."""
+    folder, _, pipe = made(kind)
+    shutil.copytree(folder, tmp_path / "folder")
+    config = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    convert(tmp_path / "folder", tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", torch.float16)
+    convert(tmp_path / "b.safetensors", tmp_path / "back")
+    for path in ("a.safetensors", "b.safetensors"):
+        tensors = load_file(tmp_path / path)
+        assert {name for name in tensors if "." not in name} == expected
+        assert all(tensors[name].shape == (0,) and tensors[name].dtype == torch.float32 for name in expected)
+        assert fields.items() <= load(tmp_path / path).scheduler.items()
+    assert not {"v_pred", "ztsnr"} & load_file(tmp_path / "back" / "unet" / UNET_FILE).keys()
+    # And a file with nothing but its tensors:
+    single_file(kind, pipe, tmp_path, monkeypatch)
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "official.safetensors")
+    convert(tmp_path / "official.safetensors", tmp_path / "c.safetensors", torch.bfloat16)
+    assert {name for name in load_file(tmp_path / "c.safetensors") if "." not in name} == expected
+    told = {"prediction_type": "epsilon"}
+    convert(tmp_path / "official.safetensors", tmp_path / "d.safetensors", **told)
+    assert {name for name in load_file(tmp_path / "d.safetensors") if "." not in name} == expected - {"v_pred"}
+
+
+def test_a_flag_of_sd2_stays(made, tmp_path, monkeypatch):
+    _, _, pipe = made("SD 2 v")
+    file = single_file("SD 2 v", pipe, tmp_path, monkeypatch)
+    save_file(load_file(file) | {"v_pred": torch.zeros(0)}, file)
+    convert(file, tmp_path / "a.safetensors", torch.float16)
+    assert "v_pred" in load_file(tmp_path / "a.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore:.*does not say whether it predicts")
