@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -540,3 +541,82 @@ def test_a_pickle_becomes_no_folder(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"is a pickle, convert it to a name that ends in .safetensors first"):
         convert(tmp_path / "x.ckpt", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
+def test_overflow_in_a_pickle_is_refused(value, tmp_path):
+    torch.save({"a": torch.tensor([1, value]), "sqrt_recip_alphas_cumprod": torch.tensor([1e5])}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"x.ckpt: a has values that are NaN, infinite, or too large for"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors", torch.float16)
+    assert [f.name for f in tmp_path.iterdir()] == ["x.ckpt"]
+    convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("a", torch.eye(3).to_sparse(), "a is torch.float32, torch.sparse_coo"),
+        ("a", torch.ones(2, device="meta"), "a is torch.float32, torch.strided on meta"),
+        ("a", torch.ones(2, dtype=torch.complex128), "a is torch.complex128"),
+        ("a", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "a is torch.qint8"),
+        ("__metadata__", torch.ones(2), "a tensor has the name '__metadata__'"),
+        ("\udc80", torch.ones(2), r"a tensor has the name '.udc80'"),
+    ],
+    ids=["sparse", "meta", "complex", "quantized", "metadata", "no UTF-8"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_safetensors_has_not(name, tensor, message, tmp_path):
+    torch.save({"b": torch.ones(1), name: tensor}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=f"x.ckpt: {message}"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    assert [f.name for f in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_numbers_of_numpy_beside_the_tensors(module, zipped, tmp_path):
+    tensors, file = {"a": torch.ones(2)}, tmp_path / "x.ckpt"
+    state = {"state_dict": tensors, "callbacks": {"best": np.float64(0.5), "step": np.int64(3)}}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    if not zipped:
+        file.write_bytes(file.read_bytes().replace(b"numpy._core.multiarray", module))
+    convert(file, tmp_path / "x.safetensors")
+    assert_bitwise(load_file(tmp_path / "x.safetensors"), tensors)
+
+
+def test_what_a_refused_pickle_is_said_to_hold(tmp_path):
+    torch.save({"a": torch.ones(1), "b": Evil(tmp_path / "trace")}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError) as raised:
+        convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    assert "it asks for io.open. Nothing of it was run" in str(raised.value)
+    assert not any(word in str(raised.value) for word in ("safe_globals", "weights_only", "allowlist", "\n"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 5, 100, 0.5, 0.9])
+def test_pickles_that_were_cut(length, zipped, tmp_path):
+    torch.save({"a": torch.ones(1000)}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "x.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
+    with pytest.raises(CheckpointError, match=r"x.ckpt is (empty|damaged.*; download|.* it is damaged)") as raised:
+        convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["out", "out.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a\xff": 1}', "vocab.json"),
+        (b"{", "vocab.json"),
+        (b'{"a": 0}', "vocab.json with merges.txt is no tokenizer"),
+    ],
+)
+def test_broken_tokenizers(content, message, target, made, tmp_path):
+    folder, _, _ = made("SD 1")
+    shutil.copytree(folder, tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer" / "vocab.json").write_bytes(content)
+    (tmp_path / "folder" / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(CheckpointError, match=f"tokenizer/{message}"):
+        convert(tmp_path / "folder", tmp_path / target)
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
