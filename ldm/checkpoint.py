@@ -58,8 +58,11 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 UNFIT_FLAGS = {"edm_.*": "trained on EDM's noise levels, with a scaling of its own"}
 
-# Tensors of which some models have no use: the projection of the pooled text, the layer that SD 2 leaves out.
-UNUSED = re.compile(r"(.*\.)?text_projection(\.weight|\.T)?|cond_stage_model\.model\.transformer\.resblocks\.23\..*")
+# Tensors of which some models have no use: the projection of the pooled text, the layer that SD 2 leaves out, and flags
+# beside a scheduler_config.json.
+UNUSED = re.compile(
+    r"v_pred|ztsnr|(.*\.)?text_projection(\.weight|\.T)?|cond_stage_model\.model\.transformer\.resblocks\.23\..*"
+)
 
 # SD 2 with epsilon and with v have the same shapes. This bias is larger in those with v (so webui tells them apart).
 TELLS_V = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"

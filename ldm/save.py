@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from safetensors import SafetensorError
@@ -16,12 +16,17 @@ from ldm.clip import TextConfig
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.folder import stem_of
 from ldm.models import Model
+from ldm.source import LONGEST_HEADER
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
+# The version of diffusers whose configs these are: without one, its pipelines for inpainting do not load.
+DIFFUSERS = "0.42.1"
+
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, whole or not at all."""
+    """One safetensors file, whole or not at all. Raises ValueError where its header would be too long to be loaded."""
+    check_header(path, tensors, metadata)
     with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
         new = Path(folder) / path.name
         new.touch()
@@ -32,6 +37,18 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             raise OSError(f"{path} could not be written: {error}") from error
         new.chmod(mode)
         new.rename(path)
+
+
+def check_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    end = sum(tensor.nbytes for tensor in tensors.values())  # no offset has more digits
+    infos = {n: {"dtype": "F8_E8M0", "shape": [*t.shape], "data_offsets": [end, end]} for n, t in tensors.items()}
+    header = json.dumps({"__metadata__": dict(metadata), **infos}, ensure_ascii=False, separators=(",", ":"))
+    if (length := len(header.encode())) > LONGEST_HEADER:
+        name, text = max(metadata.items(), key=lambda item: len(item[1]), default=("tensors", infos))
+        raise ValueError(
+            f"{path} would have a header of {length:,} bytes, and at most {LONGEST_HEADER:,} are read; the longest text"
+            f" in it is {name} ({len(text):,} characters): convert to a folder, which has it as a file"
+        )
 
 
 def write_folder(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
@@ -48,21 +65,24 @@ def write_folder(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """All or nothing: yields an empty folder beside `folder`, whose place it takes at the end unless there is an error.
 
-    Should the machine die between the two renames, the earlier folder still has its files, under the name `*.old`.
+    Should the machine die between the two renames, the earlier folder still has its files, as `old` in the new folder
+    beside it.
     """
-    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+    new, old = beside / "new", beside / "old"
+    new.mkdir()  # a folder of its own, with the mode of any new one: mkdtemp's only its owner can read
     try:
-        yield temporary
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     except BaseException:
-        shutil.rmtree(temporary)
+        if old.exists():
+            old.rename(folder)
+        shutil.rmtree(beside)
         raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 # What a diffusers folder says in JSON
@@ -96,6 +116,7 @@ def index(model: Model) -> dict[str, Any]:
     kind = "Img2Img" if model.text_encoder is None else "Inpaint" if model.unet.in_channels > 4 else ""
     fields: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
+        "_diffusers_version": DIFFUSERS,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -207,7 +228,7 @@ def tokenizer_texts(tokenizer: Tokenizer) -> dict[str, str]:
     )
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)])
     return {
-        "vocab.json": json.dumps(tokenizer.vocab, ensure_ascii=False) + "\n",
+        "vocab.json": json.dumps(tokenizer.vocab, ensure_ascii=False, separators=(",", ":")) + "\n",
         "merges.txt": merges + "\n",
         "tokenizer_config.json": as_json(config),
     }

@@ -403,18 +403,42 @@ class TestSaving:
         assert [f.name for f in folder.iterdir()] == ["second"]
         assert list(folder.parent.iterdir()) == [folder]
 
-    def test_whole_folder_after_a_crash(self, tmp_path):
-        folder = tmp_path / "folder"
-        for leftover in ("folder.part", "folder.old"):
-            (tmp_path / leftover).mkdir()
-            (tmp_path / leftover / "old").write_text("old")
-        with pytest.raises(OSError), whole_folder(folder):
+    def test_whole_folder_leaves_other_folders(self, tmp_path):
+        for name in ("folder", "folder.part", "folder.old", "folder.new"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "mine").write_text("mine")
+        with whole_folder(tmp_path / "folder") as new:
+            (new / "first").write_text("first")
+        with pytest.raises(OSError), whole_folder(tmp_path / "folder"):
             raise OSError
-        assert (tmp_path / "folder.old" / "old").exists()  # the only one that there is
-        for name in ("first", "second"):
-            with whole_folder(folder) as new:
-                (new / name).write_text(name)
-            assert [f.name for f in folder.iterdir()] == [name]
+        files = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file())
+        assert files == ["folder.new/mine", "folder.old/mine", "folder.part/mine", "folder/first"]
+
+    def test_whole_folder_is_readable_as_any_new_one(self, tmp_path):
+        (tmp_path / "other").mkdir()
+        with whole_folder(tmp_path / "folder"):
+            pass
+        assert (tmp_path / "folder").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+    @pytest.mark.parametrize("renames", [1, 2])
+    def test_whole_folder_after_a_crash(self, renames, tmp_path, monkeypatch):
+        """Between the renames: the earlier folder is put back, or, where that fails too, still has its files."""
+        folder, rename, done = tmp_path / "folder", Path.rename, []
+        with whole_folder(folder) as new:
+            (new / "first").write_text("first")
+
+        def fail(path, target):
+            done.append(path)
+            if 1 < len(done) <= 1 + renames:
+                raise OSError("no more")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="no more"), whole_folder(folder) as new:
+            (new / "second").write_text("second")
+        assert [file.read_text() for file in tmp_path.rglob("first")] == ["first"]
+        assert (folder / "first").exists() == (renames == 1)
+        if renames == 1:
             assert list(tmp_path.iterdir()) == [folder]
 
 
