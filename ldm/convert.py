@@ -188,8 +188,9 @@ def unpickle(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's sentence goes on with how to run it all the same
+        why = f"it asks for {found[1]}" if found else "it is damaged, or asks for more"
         raise CheckpointError(
-            f"{path} is no pickle of tensors alone: {f'it asks for {found[1]}' if found else 'it is damaged, or asks for more'}."
+            f"{path} is no pickle of tensors alone: {why}."
             " Nothing of it was run, and it is not converted: get the model as a safetensors file"
         ) from error
     except Exception as error:  # of a damaged pickle anything can come, from RuntimeError to KeyError
