@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm import folder
 from ldm.checkpoint import NETS, Plan, check, check_widths, existing, make_plans, open_model, warn_of_guess
 from ldm.clip.tokenizer import Tokenizer
 from ldm.models import Model
@@ -96,7 +97,7 @@ def texts_of(source: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     """The text files of a folder, or of the folder that a single file once was, by their paths."""
     files = {file.relative_to(source).as_posix(): file for file in source.glob("*/*") if file.is_file()}
     files |= {file.name: file for file in source.glob("model_index.json")}
-    texts = {name: read(file) for name, file in files.items() if TEXTS.fullmatch(name)}
+    texts = {name: folder.read_text(file) for name, file in files.items() if TEXTS.fullmatch(name)}
     return texts | {name: text for name, text in metadata.items() if TEXTS.fullmatch(name)}
 
 
@@ -109,15 +110,6 @@ def index_of_carried(text: str) -> str:
     if "safety_checker" in left:
         index["requires_safety_checker"] = False
     return as_json(index) if left else text
-
-
-def read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not UTF-8: {error.reason} at byte {error.start:,}") from error
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def single_texts(texts: Mapping[str, str], tokenizers: Mapping[str, Tokenizer | None]) -> dict[str, str]:

@@ -237,6 +237,7 @@ def text_config(part: Folder, xl: bool = False, projects: bool = False) -> TextC
     accept(where, c, "hidden_act", c["hidden_act"] in ACTIVATIONS, " or ".join(ACTIVATIONS))
     accept(where, c, "layer_norm_eps", c["layer_norm_eps"] == 1e-5, 1e-5)
     accept(where, c, "intermediate_size", c["intermediate_size"] == 4 * c["hidden_size"], "4 times hidden_size")
+    accept(where, c, "eos_token_id", c["eos_token_id"] < c["vocab_size"], f"an id below {c['vocab_size']}, vocab_size")
     whole = c["hidden_size"] % c["num_attention_heads"] == 0
     accept(where, c, "num_attention_heads", whole, f"a number that divides hidden_size, {c['hidden_size']}")
     return TextConfig(

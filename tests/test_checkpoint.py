@@ -444,7 +444,10 @@ def test_pickle_is_refused_and_the_way_to_convert_it_works(suffix, nets, tmp_pat
         ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
         ("decoder.conv_in.weight", "is a VAE alone .*: load a model, with this file as vae="),
         ("down_blocks.0.resnets.0.conv1.weight", "is a UNet alone .*: give the folder that has model_index.json"),
-        ("text_model.embeddings.token_embedding.weight", "is a text encoder alone .*: give the file or folder that has"),
+        (
+            "text_model.embeddings.token_embedding.weight",
+            "is a text encoder alone .*: give the file or folder that has",
+        ),
         ("something.else", "is no known model: .*input_blocks.0.0.weight is missing.* Known are SDXL base, .*SD 1.x"),
     ],
 )
