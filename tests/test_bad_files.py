@@ -636,7 +636,7 @@ def test_damaged_metadata(whole, tmp_path):
     """The JSON files that a single file carries are read as strictly as a folder's."""
     convert(whole / "good", tmp_path / "bad.safetensors")
     entries, data = parts_of(tmp_path / "bad.safetensors")
-    for name, text in {UNET: "{", VAE: "[]", "model_index.json": "", TOKENIZER: "{}"}.items():
+    for name, text in {UNET: "{", VAE: "[]", "model_index.json": "", "tokenizer/vocab.json": "{}"}.items():
         damaged = entries | {"__metadata__": entries["__metadata__"] | {name: text}}
         (tmp_path / "bad.safetensors").write_bytes(assemble(damaged, data))
         assert refused(tmp_path / "bad.safetensors", load) is not None

@@ -116,7 +116,7 @@ def test_lora_and_embedding(pipe, tmp_path):
 def test_convert(capsys, tmp_path):
     main(["convert", str(DEFAULT_MODEL), "x.safetensors", "--dtype", "bfloat16"])
     assert capsys.readouterr().out == "x.safetensors\n"
-    assert ldm.inspect("x.safetensors").dtypes == {"BF16": 550}
+    assert ldm.inspect("x.safetensors").dtypes == {"BF16": 550, "F32": 1}  # the one is v_pred, a flag
     with pytest.raises(SystemExit, match=r"ldm: error: x.safetensors exists: remove it, or give another name"):
         main(["convert", str(DEFAULT_MODEL), "x.safetensors"])
 
