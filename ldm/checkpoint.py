@@ -23,7 +23,7 @@ from ldm import folder, hub, models
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
 from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
-from ldm.source import FLOATS, CheckpointError, Source, is_file
+from ldm.source import FLOATS, CheckpointError, Source, in_dtype, is_file
 from ldm.unet import VECTOR_NUMBERS, UNet
 from ldm.vae import VAE, VAEConfig
 
@@ -157,13 +157,20 @@ def existing(path: str | Path) -> Path:
 
 
 def open_model(
-    path: Path, own_vae: bool = True, dtype: torch.dtype | None = None, prediction_type: str | None = None
+    path: Path,
+    own_vae: bool = True,
+    dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
+    source: Source | None = None,
 ) -> Opened:
-    """What the headers and the configs of an existing file or folder say. For the arguments see `load`."""
+    """What the headers and the configs of an existing file or folder say. For the arguments see `load`.
+
+    source: the file's, where its header has been read already.
+    """
     if path.is_dir():
         opened = open_folder(path, own_vae, lambda part: folder.weights(path / part, dtype))
     else:
-        source = Source(path, [path])
+        source = source or Source(path, [path])
         if "model_index.json" in source.metadata:
             opened = open_folder(folder.Embedded(source.metadata, path), own_vae, lambda part: source)
         else:
@@ -298,16 +305,11 @@ class Plan:
 
         Raises CheckpointError for a value that is no number, or none in that dtype.
         """
-        tensors = {}
-        for ours, theirs in self.theirs.items():
-            tensor = self.source[theirs].reshape(self.shapes[ours])
-            if not max(map(abs, tensor.aminmax())) <= torch.finfo(dtype or tensor.dtype).max:  # nor is it for NaN
-                raise CheckpointError(
-                    f"{self.source.where}: {theirs} has values that are NaN, infinite, or too large for"
-                    f" {dtype or tensor.dtype}: download or copy the file again, or take dtype=torch.float32"
-                )
-            tensors[ours] = tensor.to(dtype or tensor.dtype)
-        return tensors
+        source, shapes = self.source, self.shapes
+        return {
+            ours: in_dtype(source[theirs].reshape(shapes[ours]), dtype, theirs, source.where)
+            for ours, theirs in self.theirs.items()
+        }
 
     def fill(self, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
         """The net with its values. Without a dtype it keeps that of its tensors, or of the widest if they differ."""

@@ -19,7 +19,7 @@ from ldm.checkpoint import NETS, Plan, check, check_widths, existing, make_plans
 from ldm.clip.tokenizer import Tokenizer
 from ldm.models import Model
 from ldm.save import as_json, folder_texts, tokenizer_texts, write_file, write_folder
-from ldm.source import IGNORED, LONGEST_HEADER, CheckpointError, Source, is_pickle
+from ldm.source import IGNORED, LONGEST_HEADER, CheckpointError, Source, in_dtype, is_pickle
 
 # The text files of a diffusers folder that matter here.
 TEXTS = re.compile(
@@ -219,13 +219,7 @@ def check_storable(name: str, tensor: Tensor, path: Path) -> None:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
-    """Floats in another dtype. Raises CheckpointError as Plan.tensors does, but for the buffers that no net needs."""
+    """Floats in another dtype; the buffers that no net needs may overflow in it."""
     if not tensor.is_floating_point():
         return tensor
-    tensor = tensor.to(dtype)
-    if not IGNORED.fullmatch(name) and not tensor.isfinite().all():
-        raise CheckpointError(
-            f"{path}: {name} has values that are NaN, infinite, or too large for {dtype}: download or copy the file"
-            " again, or take dtype=torch.float32"
-        )
-    return tensor
+    return tensor.to(dtype) if IGNORED.fullmatch(name) else in_dtype(tensor, dtype, name, path)

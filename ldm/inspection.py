@@ -155,7 +155,7 @@ def bits(dtype: str) -> int:
 def model_report(path: Path, finding: Finding | None = None, source: Source | None = None) -> Report:
     """finding: what the tensors of a single file, or of a folder's part, told. source: where they are."""
     try:
-        opened = open_model(path)
+        opened = open_model(path, source=source)
     except CheckpointError as error:
         finding = finding or Finding("model", "diffusers folder", None, {})
         found = listed(source, source.shapes) if source and finding.kind == "unknown" else ()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import listing
 from ldm.folder import accept, like, read_json
-from ldm.source import CheckpointError, open_safetensors
+from ldm.source import CheckpointError, all_finite, open_safetensors
 from ldm.unet import UNet
 from ldm.unet.keys import official_name
 
@@ -200,11 +200,6 @@ def load(path: str | Path, scale: float, nets: Mapping[str, Any]) -> Lora:
         lora.remove()
         raise
     return lora
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """As isfinite().all(), in a tenth of the time."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def finite(scale: float) -> float:

@@ -16,7 +16,7 @@ from torch import nn
 from ldm.clip.cleanup import clean
 from ldm.clip.text_encoder import TextEncoder
 from ldm.clip.tokenizer import Tokenizer
-from ldm.source import FLOATS, CheckpointError, Source
+from ldm.source import FLOATS, CheckpointError, Source, all_finite
 
 FAMILIES = {(768,): "SD 1", (1024,): "SD 2", (768, 1280): "SDXL", (1280,): "SDXL's second encoder alone"}
 SYNTAX = "()[]\\"  # of weights
@@ -58,7 +58,7 @@ def load_embedding(path: Path, word: str | None, encoders: Encoders) -> str:
     for (source, name), (_, encoder) in zip(places[-len(encoders) :], encoders, strict=True):
         table = token_table(encoder).weight.detach()
         vectors = source[name].to(table).reshape(-1, table.shape[1])  # (n,width)
-        if not torch.isfinite(vectors).all():
+        if not all_finite(vectors):
             raise CheckpointError(f"{path}: {name} has NaN or infinity in {table.dtype}: download or train it again")
         tables.append(torch.cat([table, vectors]))
     for (tokenizer, encoder), table in zip(encoders, tables, strict=True):
