@@ -376,6 +376,22 @@ def test_the_limits_hold():
             signal.pause()
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", [None, torch.float16, torch.bfloat16, torch.float32])
+def test_no_number_in_any_dtype(asked, stored, number, whole, tmp_path):
+    value(number, dtype=stored)(whole, tmp_path / "bad.safetensors")
+    with pytest.raises(CheckpointError, match=f"bad.safetensors: {KEY} has {NUMBERS}"):
+        load(tmp_path / "bad.safetensors", dtype=asked)
+
+
+def test_numbers_beyond_the_dtype_asked_for(whole, tmp_path):
+    value(1e5)(whole, tmp_path / "large.safetensors")
+    with pytest.raises(CheckpointError, match=f"{KEY} has {NUMBERS} for torch.float16"):
+        load(tmp_path / "large.safetensors", dtype=torch.float16)
+    assert load(tmp_path / "large.safetensors", dtype=torch.bfloat16).unet.conv_in.weight.view(-1)[-1] == 99840
+
+
 @pytest.mark.parametrize("path", ["x" * 300 + ".safetensors", "null\0.safetensors", "", "a/" * 3000])
 def test_paths_that_cannot_be(path):
     with pytest.raises(CheckpointError):
