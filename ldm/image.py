@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 from torch import Tensor
 
 
@@ -26,6 +26,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as `to_rgb` will have them, without decoding the picture."""
+    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+    return image.size[::-1] if turned else image.size
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Image of any mode -> (1,3,h,w) float32 in [-1,1], contiguous."""
     pixels = torch.from_numpy(np.array(to_rgb(image)))  # (h,w,3)
@@ -38,10 +44,19 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in scaled.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def to_mask(mask: Image.Image, height: int, width: int) -> Tensor:
-    """A mask, white where the picture is repainted -> (1,1,height,width) in {0,1}: nearest, at latent size."""
-    values = torch.from_numpy(np.array(to_rgb(mask).convert("L")))[None, None].float() / 255
-    return (torch.nn.functional.interpolate(values, size=(height, width), mode="nearest") >= 0.5).float()
+def to_mask(mask: Image.Image, blur: float = 0.0) -> Image.Image:
+    """A mask of any mode as L, white where the picture is repainted, grey where the two are blended.
+
+    blur: the standard deviation, in pixels, by which its edges are softened.
+    """
+    mask = to_rgb(mask).convert("L")
+    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+
+
+def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
+    """A mask of mode L -> (1,1,height,width) in [0,1], at the size of latents: nearest, as in diffusers."""
+    values = torch.from_numpy(np.array(mask))[None, None].float() / 255  # (1,1,H,W)
+    return torch.nn.functional.interpolate(values, size=(height, width), mode="nearest")
 
 
 def save_png(image: Image.Image, file: Path, parameters: str) -> None:

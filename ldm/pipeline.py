@@ -3,9 +3,8 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,12 +16,13 @@ from ldm.clip import TextEncoder, TextEncoding
 from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
+from ldm.edit import enlarged, in_tiles, only_masked, outpainted
 from ldm.guidance import guided, handed_over
-from ldm.image import to_images, to_mask, to_rgb, to_tensor
-from ldm.img2img import keep_outside, steps_at
+from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, upright_size
+from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
 from ldm.noise import SeededNoise
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
-from ldm.settings import Settings
+from ldm.settings import Output, Settings
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE
 
@@ -32,14 +32,17 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
 
 
-@dataclass(frozen=True)
-class Output:
-    """images: PIL, RGB. latents (B,4,h,w) float32 in the VAE's scale (scaling_factor * z)."""
+class Run(NamedTuple):
+    """One run that has not begun: x at the first sigma, the sigmas, the loop; the (width, height) of the pictures, the
+    one it started from and its mask, both padded; and of the kept part latents (B,4,h,w) and mask (1,1,h,w)."""
 
-    images: list[Image.Image]
-    latents: Tensor
-    seeds: list[int]
-    settings: Settings
+    x: Tensor
+    sigmas: Tensor
+    steps: Iterator[Step]
+    size: tuple[int, int]
+    picture: Image.Image | None = None
+    mask: Image.Image | None = None
+    kept: tuple[Tensor, Tensor] | None = None
 
 
 class Pipeline:
@@ -174,23 +177,61 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
-        x, sigmas, steps, kept = self._begin(settings)
-        for step in tqdm(steps, total=len(sigmas) - 1, disable=not progress):
+
+        def make(s: Settings) -> Output:
+            return self.run(s, progress, callback)
+
+        s, factor, size = settings, self.vae.config.factor, self._size(settings)
+        tile, overlap = self._tile(s)
+        if s.enlarge > 1:
+            return enlarged(make, s, size, factor)
+        if s.extend is not None:
+            return outpainted(make, self._first_noise, s, size, tile, overlap, factor)
+        if s.padding_mask_crop is not None:
+            return only_masked(make, s, (s.width or self.size, s.height or self.size))
+        if s.tile is not None and max(size) > tile:
+            return in_tiles(make, self._first_noise, s, size, tile, overlap, factor)
+        return self._run(s, progress, callback)
+
+    def _run(self, settings: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
+        run = self._begin(settings)
+        x = run.x
+        for step in tqdm(run.steps, total=max(len(run.sigmas) - 1, 0), disable=not progress):
             x = step.x
             if callback is not None:
                 callback(step)
-        latents = x / (1 + sigmas[-1] ** 2) ** 0.5  # from the last sigma's scale to the VAE's
-        if kept is not None:  # without the noise that DDIM's last sigma leaves
-            z, mask = kept
-            latents = mask * latents + (1 - mask) * z
-        return Output(to_images(self.decode(latents)), latents, settings.seeds, settings)
+        end = run.sigmas[-1] if len(run.sigmas) else 0.0
+        latents = x / (1 + end**2) ** 0.5  # from the last sigma's scale to the VAE's
+        if run.kept is not None:  # without the noise that DDIM's last sigma leaves
+            z, mask = run.kept
+            latents = torch.where(mask > 0, latents, z)
+        images = to_images(self.decode(latents))
+        if run.picture is not None and run.mask is not None and settings.paste_back:
+            images = [paste(image, run.picture, run.mask) for image in images]
+        return Output([image.crop((0, 0, *run.size)) for image in images], latents, settings.seeds, settings)
 
     def stream(self, prompt: str | list[str] = "", **settings: Any) -> Iterator[Step]:
         """The same call as the sampler's own loop: lazily what `__call__` would have shown its callback.
 
-        `settings` as for `__call__`, without progress and callback: whoever looks at the steps is both.
+        `settings` as for `__call__`, without progress and callback: whoever looks at the steps is both. The loop goes
+        on from the step's x, so that changing it in place changes the picture. Raises ValueError for what is several
+        runs: extend, enlarge, tile, padding_mask_crop.
         """
-        return self._begin(Settings(prompt, **settings))[2]
+        s = Settings(prompt, **settings)
+        several = [name for name in ("extend", "tile", "padding_mask_crop") if getattr(s, name) is not None]
+        if several := several + ["enlarge"] * (s.enlarge > 1):
+            raise ValueError(
+                f"{several[0]}={getattr(s, several[0])}: a stream shows one run; call the pipeline for this"
+            )
+        return self._begin(s).steps
+
+    def plan_strength(self, **settings: Any) -> StrengthPlan:
+        """What a strength means for the settings of a call (steps, strength, strength_rule, sigmas, ...), to print."""
+        return self._plan(Settings(**settings))
+
+    def _plan(self, s: Settings) -> StrengthPlan:
+        steps = len(s.sigmas) - 1 if isinstance(s.sigmas, Tensor) else s.steps
+        return strength_plan(s.strength, steps, lambda n: self._sigmas(s, n), s.strength_rule, s.mask is not None)
 
     def load_embedding(self, path: str | Path, word: str | None = None) -> str:
         """Load a textual inversion (.safetensors); the word that means it in prompts is returned.
@@ -244,47 +285,51 @@ class Pipeline:
         return finite(pixels, "decoder").float()
 
     @torch.no_grad()
-    def _begin(self, s: Settings) -> tuple[Tensor, Tensor, Iterator[Step], tuple[Tensor, Tensor] | None]:
-        """x at the first sigma, the sigmas to run, the loop that has not begun, what a mask keeps: (latents, mask)."""
-        start = s.latents if s.image is None else to_rgb(s.image)
-        width, height = self._size(s, start)
-        factor = self.vae.config.factor
-        noise = SeededNoise(s.seeds, (self.vae.config.latent_channels, height // factor, width // factor), self.device)
-        sampler = s.sampler_function
-        # A functools.partial of a sampler counts as that sampler.
-        variance_preserving = getattr(sampler, "func", sampler) in VARIANCE_PRESERVING
-
-        sigmas, spacing = self._sigmas(s, variance_preserving)
-        starts_anew = start is None or s.strength == 1
+    def _begin(self, s: Settings) -> Run:
+        size, factor = self._size(s), self.vae.config.factor
+        picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
+        mask = None if s.mask is None else fit(self._mask(s), size, factor)
+        start = s.latents if picture is None else picture
+        noise = self._noise(s, size)
+        sigmas, spacing = self._sigmas(s), self._spacing(s)
+        replaces = True
+        if start is not None:
+            plan = self._plan(s)
+            sigmas, replaces = plan.sigmas, plan.replaces
         inpaints = self.unet.config.in_channels > self.unet.config.out_channels
-        blends = s.mask is not None and not inpaints
+        blends = mask is not None and not inpaints
         z = torch.zeros(())
-        if start is not None and (s.strength < 1 or blends):
-            z = self._start_latents(s, start, (width, height), noise)
-        if not starts_anew:
-            count = steps_at(s.strength, len(sigmas) - 1)
-            if count == 0:
-                return z, torch.zeros(1), iter(()), None
-            sigmas = sigmas[-count - 1 :]
+        if start is not None and (not replaces or blends):
+            z = self._start_latents(s, start, mask, noise)
+        if not len(sigmas):
+            return Run(z, sigmas, iter(()), size, picture, mask)
         first = s.noise.to(self.device, torch.float32) if s.noise is not None else noise()  # (B,4,h,w)
         if tuple(first.shape) != (s.count, *noise.shape):
             raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
-        if starts_anew:
-            x = first * ((1 + sigmas[0] ** 2) ** 0.5 if variance_preserving or spacing == "leading" else sigmas[0])
+        if replaces:
+            x = first * ((1 + sigmas[0] ** 2) ** 0.5 if self._vp(s) or spacing == "leading" else sigmas[0])
         else:
+            if mask is not None and s.masked_content in ("noise", "nothing"):
+                m = latent_mask(mask, *noise.shape[1:]).to(self.device)
+                z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
             x = z + sigmas[0] * first
 
-        seen = self._masked(s, start, (width, height), noise) if inpaints else None
-        denoise = self._denoiser(s, (width, height), spacing == "karras", seen)
+        seen = self._masked(s, picture, mask, noise) if inpaints else None
+        denoise = self._denoiser(s, size, spacing == "karras", seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._denoiser(s, (width, height), spacing == "karras")
+            refine = s.refiner._denoiser(s, size, spacing == "karras")
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
-        kept = (z, to_mask(s.mask, *noise.shape[1:]).to(self.device)) if blends and s.mask is not None else None
-        if kept is not None:
-            denoise = keep_outside(denoise, *kept)
+        kept = None
+        if mask is not None and blends:
+            kept = z, latent_mask(mask, *noise.shape[1:]).to(self.device)
+            if s.blend == "x0":
+                denoise = keep_outside(denoise, *kept)
         options = {"eta": s.eta} if s.eta else {}
-        return x, sigmas, without_grad(sampler(denoise, x, sigmas, noise, **options)), kept
+        steps = without_grad(s.sampler_function(denoise, x, sigmas, noise, **options))
+        if kept is not None and s.blend == "noise":
+            steps = renoise_outside(steps, kept[0], first, kept[1])
+        return Run(x, sigmas, steps, size, picture, mask, kept)
 
     def _denoiser(self, s: Settings, size: tuple[int, int], log: bool, seen: Tensor | None = None) -> Denoiser:
         """The UNet under the texts of the call, guided. size: (width, height) in pixels. seen (B,5,h,w): what an
@@ -319,21 +364,21 @@ class Pipeline:
         rows = [[*sizes, score] if with_score else sizes + target for score in scores]
         return vector_embedding(pooled, torch.tensor(rows, dtype=torch.float32, device=pooled.device))
 
-    def _masked(
-        self, s: Settings, start: Image.Image | Tensor | None, size: tuple[int, int], noise: SeededNoise
-    ) -> Tensor:
+    def _masked(self, s: Settings, picture: Image.Image | None, mask: Image.Image | None, noise: SeededNoise) -> Tensor:
         """(B,5,h,w): what an inpainting model is shown, the mask and the latents of the picture without what it hides.
 
-        Without a mask everything is hidden. size: (width, height) in pixels.
+        Without a mask everything is hidden. Half hidden is hidden: these models have learnt from hard masks.
         """
-        if isinstance(start, Tensor) and s.mask is not None:
+        if picture is None and mask is not None:
             raise ValueError("mask with latents=: an inpainting model looks at the picture itself, give it as image=")
-        mask, visible = torch.ones(1, 1, *noise.shape[1:]), torch.zeros(1, 3, size[1], size[0])
-        if s.mask is not None and isinstance(start, Image.Image):
-            mask = to_mask(s.mask, *noise.shape[1:])
-            visible = to_tensor(start.resize(size, Image.Resampling.LANCZOS)) * (1 - to_mask(s.mask, *size[::-1]))
+        height, width = (side * self.vae.config.factor for side in noise.shape[1:])
+        hidden, visible = torch.ones(1, 1, *noise.shape[1:]), torch.zeros(1, 3, height, width)
+        if mask is not None and picture is not None:
+            mask = mask.point(lambda value: 255 * (value >= 128))
+            hidden = latent_mask(mask, *noise.shape[1:])
+            visible = to_tensor(picture) * (1 - latent_mask(mask, height, width))
         z = self._encode(visible, noise)
-        return torch.cat([mask.to(self.device).expand(len(z), -1, -1, -1), z], dim=1)
+        return torch.cat([hidden.to(self.device).expand(len(z), -1, -1, -1), z], dim=1)
 
     def _encode(self, pixels: Tensor, noise: SeededNoise | None) -> Tensor:
         """pixels (1,3,H,W) -> their latents, drawn for each picture (B,4,h,w), or without noise the mean (1,4,h,w)."""
@@ -367,31 +412,74 @@ class Pipeline:
                 " leave the refiner out, or use a model without the extra channels"
             )
 
-    def _sigmas(self, s: Settings, variance_preserving: bool) -> tuple[Tensor, str | None]:
-        """The whole schedule of the call, and the name of its spacing if it has one."""
-        if isinstance(s.sigmas, Tensor):
-            return s.sigmas.to("cpu", torch.float64), None
-        spacing = s.sigmas or self.schedule.spacing or ("leading" if variance_preserving else "linspace")
-        end = self.schedule.sigma_min if variance_preserving and not self.schedule.set_alpha_to_one else 0.0
-        return self.schedule.sigmas(s.steps, spacing, end=end), spacing
+    def _vp(self, s: Settings) -> bool:
+        """Whether the sampler is of the variance-preserving kind; a functools.partial of a sampler counts as it."""
+        return getattr(s.sampler_function, "func", s.sampler_function) in VARIANCE_PRESERVING
 
-    def _size(self, s: Settings, start: Image.Image | Tensor | None) -> tuple[int, int]:
-        """Width and height in pixels."""
-        factor, width, height = self.vae.config.factor, self.size, self.size
-        if isinstance(start, Image.Image):
-            width, height = (max(side // factor * factor, factor) for side in start.size)
-        elif start is not None:
-            height, width = (side * factor for side in start.shape[-2:])
-        width = width if s.width is None else s.width
-        height = height if s.height is None else s.height
-        if width % factor or height % factor:
-            raise ValueError(f"size {width}x{height}: width and height must be multiples of {factor} for this model")
-        return width, height
+    def _spacing(self, s: Settings) -> str | None:
+        """The name of the schedule's spacing, if it has one."""
+        if isinstance(s.sigmas, Tensor):
+            return None
+        return s.sigmas or self.schedule.spacing or ("leading" if self._vp(s) else "linspace")
+
+    def _sigmas(self, s: Settings, steps: int | None = None) -> Tensor:
+        """The whole schedule of the call, or that of another number of steps."""
+        if isinstance(s.sigmas, Tensor):
+            if steps not in (None, len(s.sigmas) - 1):
+                raise ValueError(
+                    f"strength_rule={s.strength_rule!r} with sigmas as a tensor: it needs another schedule, of {steps}"
+                    " steps; give the sigmas by name, or take another rule"
+                )
+            return s.sigmas.to("cpu", torch.float64)
+        end = self.schedule.sigma_min if self._vp(s) and not self.schedule.set_alpha_to_one else 0.0
+        return self.schedule.sigmas(steps or s.steps, self._spacing(s), end=end)
+
+    def _size(self, s: Settings) -> tuple[int, int]:
+        """Width and height in pixels of the pictures; before `enlarge` and `extend`."""
+        width, height = self.size, self.size
+        if s.image is not None:
+            width, height = upright_size(s.image)
+        elif s.latents is not None:
+            height, width = (side * self.vae.config.factor for side in s.latents.shape[-2:])
+        return (width if s.width is None else s.width), (height if s.height is None else s.height)
+
+    def _tile(self, s: Settings) -> tuple[int, int]:
+        """The side of a tile and the least overlap of two, in pixels."""
+        factor, tile = self.vae.config.factor, s.tile or self.size
+        overlap = tile // 4 // factor * factor if s.tile_overlap is None else s.tile_overlap
+        if tile % factor or overlap % factor or not overlap < tile:
+            raise ValueError(
+                f"tile={tile}, tile_overlap={overlap}: give multiples of {factor}, the overlap less than the tile"
+            )
+        return tile, overlap
+
+    def _noise(self, s: Settings, size: tuple[int, int]) -> SeededNoise:
+        """The stream of each picture of a size (width, height) in pixels."""
+        factor = self.vae.config.factor
+        shape = (self.vae.config.latent_channels, -(-size[1] // factor), -(-size[0] // factor))
+        return SeededNoise(s.seeds, shape, self.device)
+
+    def _first_noise(self, s: Settings, size: tuple[int, int]) -> Tensor:
+        return self._noise(s, size)()
+
+    def _mask(self, s: Settings) -> Image.Image:
+        """The mask in mode L, at the size of the picture."""
+        assert s.mask is not None
+        mask = to_mask(s.mask, s.mask_blur)
+        size = upright_size(s.image) if s.image is not None else self._size(s)
+        if mask.size != size:
+            raise ValueError(
+                f"mask of {mask.width}x{mask.height} pixels for a picture of {size[0]}x{size[1]}: give a mask of the"
+                " picture's size, e.g. mask.resize(image.size)"
+            )
+        if mask.getbbox() is None:
+            warnings.warn("the mask is black everywhere: nothing is repainted; white is what is", stacklevel=2)
+        return mask
 
     def _start_latents(
-        self, s: Settings, start: Image.Image | Tensor, size: tuple[int, int], noise: SeededNoise
+        self, s: Settings, start: Image.Image | Tensor, mask: Image.Image | None, noise: SeededNoise
     ) -> Tensor:
-        """The picture to start from, as latents (B,4,h,w) in the VAE's scale. size: (width, height) in pixels."""
+        """The picture to start from, as latents (B,4,h,w) in the VAE's scale."""
         if isinstance(start, Tensor):
             if tuple(start.shape) not in [(count, *noise.shape) for count in (1, s.count)]:
                 raise ValueError(
@@ -399,8 +487,8 @@ class Pipeline:
                     " or one picture for all"
                 )
             return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
-        if start.size != size:
-            start = start.resize(size, Image.Resampling.LANCZOS)
+        if mask is not None and s.masked_content != "original":
+            start = fill(start, mask)
         # Strength 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
         return self._encode(to_tensor(start), noise if s.strength > 0 else None).expand(s.count, -1, -1, -1)
 

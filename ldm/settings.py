@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.img2img import CANVAS_FILLS, STRENGTH_RULES
 from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
+
+
+CHOICES = {
+    "strength_rule": STRENGTH_RULES,
+    "masked_content": ("original", "fill", "noise", "nothing"),
+    "blend": ("x0", "noise"),
+    "extend_fill": CANVAS_FILLS,
+    "enlarge_filter": ("latent", "latent-nearest", "latent-bicubic", "nearest", "bilinear", "bicubic", "lanczos"),
+}
 
 
 def is_utf8(text: str) -> bool:
@@ -42,14 +52,30 @@ class Settings:
         Some references begin and end in their own way: ddim ends at the sigma of t = 0, "leading" starts from noise of
         variance 1 + sigma^2. A tensor says where to begin and end by itself, and euler starts it at sigma * noise.
     seed: of the first picture, picture i has seed + i; or a list of seeds. batch_size: pictures per prompt.
-    width, height: in pixels, multiples of the VAE's factor (8 for the official models). None: the picture's, or the
-        model's native size.
+    width, height: in pixels. None: the picture's, or the model's native size. What is no multiple of the VAE's factor
+        (8 in the official models) is padded, and cut off again.
     emphasis: weights in prompts as in webui, (word:1.3), [word], BREAK (see ldm/clip/prompt.py): "mean" keeps the mean
         of the text's context, as webui does, "none" does not; None takes brackets as text.
     clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts.
-    image: the picture to start from. strength: 0 returns it, 1 replaces it by noise. mask: white where to repaint.
+    image: the picture to start from. strength: 0 returns it, 1 replaces it by noise. strength_rule: how many of the
+        steps that makes, and from which sigma: "floor", "diffusers", "webui", "comfy" or "continuous"
+        (`print(pipe.plan_strength(strength=0.3))`, and `ldm.img2img`).
     latents: (B,4,h,w) in the VAE's scale (as `Output.latents`), takes the place of the encoded image.
     noise: (B,4,h,w) standard normal, takes the place of the initial noise.
+    mask: of the image's size, white where to repaint, black where to keep, grey to blend. mask_blur: softens its edges,
+        a standard deviation in pixels. masked_content: what a run that starts from the image finds under the mask:
+        "original", the colours around it ("fill"), other "noise" or "nothing" (zeros) in the latents, as in webui.
+        blend: how the kept part enters the loop: "x0" (webui) or as re-"noise"d latents after each step (diffusers).
+        paste_back: outside of the mask the result is the image bit for bit, not what the VAE makes of it.
+        padding_mask_crop: inpaint only a box around the mask with so many pixels around it, at width x height (the
+        model's native size), and put it back.
+    extend: (left, top, right, bottom) in pixels: more canvas around the image, painted to go on from it. extend_fill:
+        what is painted over: the image's "edge" or "mirror" image, or "noise" of its colours.
+    enlarge: the hires pass: the picture (made first, if no image is given) is made so many times as wide and high by
+        enlarge_filter, "latent", "latent-nearest", "latent-bicubic", or of the decoded picture "nearest", "bilinear",
+        "bicubic", "lanczos", and goes through image to image at `strength`.
+    tile: the side in pixels of the tiles in which an image is done that is larger than one, and the canvas of `extend`
+        (there, None is the model's native size). tile_overlap: pixels that neighbours share; None: a quarter.
     eta: the share of fresh noise in DDIM, 0 to 1.
     guidance_rescale: 0 to 1, tames strong guidance in models with v prediction (Lin et al. 2023 take 0.7).
     original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) and (top, left) in
@@ -72,7 +98,19 @@ class Settings:
     clip_skip: int = 1
     image: Image.Image | None = field(default=None, repr=False)
     strength: float = 0.75
+    strength_rule: str = "floor"
     mask: Image.Image | None = field(default=None, repr=False)
+    mask_blur: float = 0.0
+    masked_content: str = "original"
+    blend: str = "x0"
+    paste_back: bool = True
+    padding_mask_crop: int | None = None
+    extend: tuple[int, int, int, int] | None = None
+    extend_fill: str = "edge"
+    enlarge: float = 1.0
+    enlarge_filter: str = "latent"
+    tile: int | None = None
+    tile_overlap: int | None = None
     latents: Tensor | None = field(default=None, repr=False)
     noise: Tensor | None = field(default=None, repr=False)
     eta: float = 0.0
@@ -98,7 +136,16 @@ class Settings:
         if not is_whole(self.steps, 1, 1000):
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
         scores = ("aesthetic_score", "negative_aesthetic_score")
-        for name in ("strength", "eta", "guidance_scale", "guidance_rescale", "refiner_start", *scores):
+        for name in (
+            "strength",
+            "eta",
+            "guidance_scale",
+            "guidance_rescale",
+            "refiner_start",
+            "mask_blur",
+            "enlarge",
+            *scores,
+        ):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 <= self.strength <= 1:
@@ -115,9 +162,24 @@ class Settings:
             pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(is_whole(n, low) for n in value)
             if not pair and (value is not None or name == "crops_coords_top_left"):
                 raise ValueError(f"{name}={value!r}: give two whole numbers of pixels, from {low}")
-        for name in ("width", "height"):
-            if getattr(self, name) is not None and not is_whole(getattr(self, name), 1):
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels, or None")
+        for name, low in {"width": 1, "height": 1, "padding_mask_crop": 0, "tile": 1, "tile_overlap": 0}.items():
+            if getattr(self, name) is not None and not is_whole(getattr(self, name), low):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels from {low}, or None")
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(map(repr, accepted))}")
+        if not isinstance(self.paste_back, bool):
+            raise ValueError(f"paste_back={self.paste_back!r}: give True or False")
+        if not 0 <= self.mask_blur < math.inf:
+            raise ValueError(f"mask_blur={self.mask_blur}: give a number of pixels, 0 or more")
+        if not 1 <= self.enlarge < math.inf:
+            raise ValueError(f"enlarge={self.enlarge}: give a factor of 1 (no change) or more")
+        if self.extend is not None:
+            sides = self.extend
+            if not isinstance(sides, (list, tuple)) or len(sides) != 4 or not all(is_whole(n, 0) for n in sides):
+                raise ValueError(f"extend={sides!r}: give four whole numbers of pixels, (left, top, right, bottom)")
+            if not any(sides):
+                raise ValueError(f"extend={sides!r}: nothing to extend by, give a number above 0 or leave it out")
         if self.emphasis not in ("mean", "none", None):
             raise ValueError(f"emphasis={self.emphasis!r}: use 'mean', 'none', or None for brackets that are text")
         if not is_whole(self.clip_skip, 1):
@@ -153,6 +215,7 @@ class Settings:
             raise ValueError("image and latents both say where to start: give one of them")
         if self.mask is not None and self.image is None and self.latents is None:
             raise ValueError("mask without image: give the picture that the mask belongs to as image=")
+        self._check_edits()
         if not self.prompts:
             raise ValueError("prompt is an empty list: give at least one text")
         negative = self.negative_prompt
@@ -167,6 +230,34 @@ class Settings:
             raise ValueError(f"{len(self.seeds)} seeds for {self.count} pictures: give a number, or one seed each")
         if self.eta and "eta" not in inspect.signature(self.sampler_function).parameters:
             raise ValueError(f"eta={self.eta}: the sampler {self.sampler_name!r} has no eta; use 'ddim', or eta=0")
+
+    def _check_edits(self) -> None:
+        """Raises ValueError for edits that lack what they edit, or that cannot be one call together."""
+        needs = {"extend": "image", "tile": "image", "padding_mask_crop": "mask", "mask_blur": "mask"}
+        for name, other in needs.items():
+            if getattr(self, name) and getattr(self, other) is None and not (name == "tile" and self.enlarge > 1):
+                raise ValueError(f"{name}={getattr(self, name)!r} without {other}: give the picture as {other}=")
+        if self.padding_mask_crop is not None and self.image is None:
+            raise ValueError("padding_mask_crop with latents=: the box is cut out of a picture, give it as image=")
+        given = [name for name in ("extend", "mask", "enlarge") if getattr(self, name) not in (None, 1.0)]
+        if len(given) > 1:
+            raise ValueError(f"{' with '.join(given)}: one after the other, with the result of the first as image=")
+        if self.tile is not None and self.enlarge > 1 and self.enlarge_filter.startswith("latent"):
+            raise ValueError(
+                f"tile with enlarge_filter={self.enlarge_filter!r}: tiles are cut out of a picture, use 'lanczos'"
+            )
+        if self.tile is not None and self.padding_mask_crop is not None:
+            raise ValueError("tile with padding_mask_crop: the box around the mask is one run, give one of them")
+
+    def each(self) -> "Iterator[Settings]":
+        """The settings of each picture by itself."""
+        for i, (prompt, negative, seed) in enumerate(zip(self.texts, self.negative_texts, self.seeds, strict=True)):
+            own: dict[str, Any] = {"prompt": prompt, "seed": seed, "batch_size": 1}
+            own |= {"negative_prompt": None if self.negative_prompt is None else negative}
+            for name in ("noise", "latents"):
+                if (value := getattr(self, name)) is not None and len(value) == self.count:
+                    own[name] = value[i : i + 1]
+            yield replace(self, **own)
 
     @property
     def prompts(self) -> list[str]:
@@ -205,3 +296,14 @@ class Settings:
         if isinstance(self.sampler, str):
             return ALIASES.get(self.sampler, self.sampler)
         return getattr(self.sampler, "__name__", repr(self.sampler))
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """images: PIL, RGB. latents (B,4,h,w) float32 in the VAE's scale (scaling_factor * z); None where the pictures are
+    put together of several runs, as in tiles."""
+
+    images: list[Image.Image]
+    latents: Tensor | None
+    seeds: list[int]
+    settings: Settings

@@ -202,6 +202,7 @@ def generate(pipe: Pipeline, row: Row, inputs: Path | None) -> Tensor:
     lora = load(row["lora"], inputs, pipe.load_lora) if "lora" in row else None
     try:
         latents = pipe.run(settings, progress=False).latents
+        assert latents is not None, "of one run"
         return (pipe.decode(latents) / 2 + 0.5).clamp(0, 1)
     finally:
         if lora is not None:

@@ -154,11 +154,13 @@ class Schedule:
 
         spacing: leading, trailing, linspace (the default), or karras (Karras et al. 2022, eq. 5). `log` interpolates
         log sigma instead of sigma, as k-diffusion's get_sigmas does; it matters for linspace alone. Where the last
-        step already starts at sigma_min, the end is 0 whatever was asked for. Raises ValueError outside 1..1000.
+        step already starts at sigma_min, the end is 0 whatever was asked for. Raises ValueError for less than 1 step,
+        and for more than 1000 of leading and trailing, whose timesteps are whole numbers.
         """
         spacing = spacing or self.spacing or "linspace"
-        if not isinstance(steps, Integral) or not 1 <= steps <= 1000:
-            raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so steps goes from 1 to 1000")
+        most = 1000 if spacing in ("leading", "trailing") else math.inf
+        if not isinstance(steps, Integral) or not 1 <= steps <= most:
+            raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so {spacing} goes from 1 to 1000 steps")
         if spacing not in SPACINGS:
             raise ValueError(
                 f"unknown spacing {spacing!r}: use one of {', '.join(SPACINGS)}, or pass a tensor of sigmas"

@@ -10,7 +10,10 @@ Noise = Callable[[], Tensor]  # standard normal noise in the shape of x, a new d
 
 
 class Step(NamedTuple):
-    """One step from sigma to sigma_next: x (B,4,h,w) as it is at sigma_next, and the prediction made at sigma."""
+    """One step from sigma to sigma_next: x (B,4,h,w) as it is at sigma_next, and the prediction made at sigma.
+
+    The sampler goes on from this very x: whoever looks at a step may change it in place.
+    """
 
     i: int
     sigma: Tensor

@@ -330,10 +330,21 @@ def test_from_config_takes_what_diffusers_writes(scheduler, tmp_path):
     assert torch.equal(made.alphas_cumprod, schedule.alphas_cumprod)
 
 
-@pytest.mark.parametrize("steps", [-1, 0, 1001])
-def test_steps_out_of_range(steps):
+@pytest.mark.parametrize(
+    ("steps", "spacing"),
+    [(-1, "linspace"), (0, "linspace"), (0, "karras"), (1001, "leading"), (1001, "trailing")],
+)
+def test_steps_out_of_range(steps, spacing):
     with pytest.raises(ValueError, match=f"steps={steps}.*from 1 to 1000"):
-        schedule.sigmas(steps)
+        schedule.sigmas(steps, spacing)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+def test_more_steps_than_timesteps(spacing):
+    """Between whole timesteps there is room for them."""
+    sigmas = schedule.sigmas(20_000, spacing)
+    assert len(sigmas) == 20_001 and (sigmas[1:] < sigmas[:-1]).all()
+    assert (sigmas[0], sigmas[-2]) == pytest.approx((schedule.sigma_max, schedule.sigma_min))
 
 
 def test_unknown_spacing():

@@ -1,0 +1,131 @@
+"""Edits that are a call on another picture, or several calls: each changes the settings and calls `make` again."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from ldm.image import to_mask, to_rgb
+from ldm.img2img import Box, crop_box, extended, fit, new_part, paste, ramp, tiles
+from ldm.settings import Output, Settings
+
+Make = Callable[[Settings], Output]
+Draw = Callable[[Settings, tuple[int, int]], Tensor]  # the initial noise (B,4,h,w) of a picture (width, height)
+
+# How `enlarge` resizes: latents with torch, or pictures with Pillow.
+LATENT_FILTERS = {"latent": "bilinear", "latent-nearest": "nearest-exact", "latent-bicubic": "bicubic"}
+PICTURE_FILTERS = {name.lower(): Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")}
+
+
+def enlarged(make: Make, s: Settings, size: tuple[int, int], factor: int) -> Output:
+    """The hires pass: a small picture first (unless there is one), made larger, then image to image at `strength`.
+
+    size: (width, height) of the small one. Latents are resized as they are; pictures go through the VAE once more.
+    """
+    width, height = (round(side * s.enlarge) for side in size)
+    second = replace(s, enlarge=1.0, noise=None, width=width, height=height)
+    if s.image is not None and s.enlarge_filter in PICTURE_FILTERS:
+        image = fit(to_rgb(s.image), size, 1)
+        return make(replace(second, image=image.resize((width, height), PICTURE_FILTERS[s.enlarge_filter])))
+    # At strength 0 a given picture comes back as its latents, without a call of the UNet.
+    given = s.image is not None or s.latents is not None
+    first = make(replace(s, enlarge=1.0, tile=None, strength=0.0 if given else s.strength))
+    if s.enlarge_filter in LATENT_FILTERS:
+        assert first.latents is not None, "of one run"
+        z = F.interpolate(
+            first.latents, (-(-height // factor), -(-width // factor)), mode=LATENT_FILTERS[s.enlarge_filter]
+        )
+        return make(replace(second, image=None, latents=z))
+    # Each picture has a start of its own now, so that each is a call of its own.
+    pictures = [image.resize((width, height), PICTURE_FILTERS[s.enlarge_filter]) for image in first.images]
+    pairs = zip(second.each(), pictures, strict=True)
+    return joined(s, (make(replace(one, image=image, latents=None)) for one, image in pairs))
+
+
+def only_masked(make: Make, s: Settings, size: tuple[int, int]) -> Output:
+    """Inpaint a box around the mask at the full size (width, height) of the model, and put it back into the picture."""
+    assert s.image is not None and s.mask is not None and s.padding_mask_crop is not None
+    image, mask = to_rgb(s.image), to_mask(s.mask, s.mask_blur)
+    box = crop_box(mask, s.padding_mask_crop, size[0] / size[1])
+    inside = replace(s, image=image.crop(box), mask=mask.crop(box), mask_blur=0.0, padding_mask_crop=None)
+    made = make(replace(inside, width=size[0], height=size[1], paste_back=False))
+    whole = []
+    for new in made.images:
+        canvas = image.copy()
+        canvas.paste(new.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS), box[:2])
+        whole.append(paste(canvas, image, mask) if s.paste_back else canvas)
+    return replace(made, images=whole, settings=s)
+
+
+def outpainted(
+    make: Make, draw: Draw, s: Settings, size: tuple[int, int], tile: int, overlap: int, factor: int
+) -> Output:
+    """Paint the canvas that `extend` adds to a picture of `size`, tile by tile, the best known tile first.
+
+    What was known of a tile stays bit for bit; where the two meet, the new part takes over its colour.
+    """
+    assert s.image is not None and s.extend is not None
+    image = extended(fit(to_rgb(s.image), size, 1), s.extend, s.extend_fill)
+    new = new_part(size, s.extend)
+
+    def painted(one: Settings) -> Output:
+        canvas, unknown = fit(image, image.size, factor), fit(new, new.size, factor)
+        noise = draw(one, canvas.size) if one.noise is None else one.noise
+        boxes, made = tiles(canvas.size, tile, overlap), []
+        while boxes := [box for box in boxes if unknown.crop(box).getbbox()]:
+            box = min(boxes, key=lambda box: sum(unknown.crop(box).histogram()[1:]))
+            known, part = canvas.crop(box), unknown.crop(box)
+            # The latents beside the new part have seen what it was filled with: they are painted anew as well.
+            mask = part.filter(ImageFilter.MaxFilter(2 * factor + 1))
+            inside = replace(one, image=known, mask=mask, noise=noise_in(noise, box, factor), extend=None, tile=None)
+            made.append(make(replace(inside, width=None, height=None, paste_back=False)))
+            canvas.paste(paste(made[-1].images[0], known, part, fade=2 * factor), box[:2])
+            unknown.paste(0, box)
+        return Output([canvas.crop((0, 0, *image.size))], made[0].latents if len(made) == 1 else None, one.seeds, one)
+
+    return joined(s, map(painted, s.each()))
+
+
+def in_tiles(
+    make: Make, draw: Draw, s: Settings, size: tuple[int, int], tile: int, overlap: int, factor: int
+) -> Output:
+    """Image to image of a large picture, tile by tile; each tile fades in over those on its left and above it.
+
+    Beside the picture and the result there is one tile at a time, and the noise: 4 floats a latent.
+    """
+    assert s.image is not None and s.tile is not None
+    source = fit(to_rgb(s.image), size, factor)
+    mask = None if s.mask is None else fit(to_mask(s.mask, s.mask_blur), size, factor)
+
+    def painted(one: Settings) -> Output:
+        result = source.copy()
+        noise = draw(one, source.size) if one.noise is None else one.noise
+        for box in tiles(source.size, tile, overlap):
+            part = None if mask is None else mask.crop(box)
+            if part is not None and not part.getbbox():
+                continue
+            inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, noise=noise_in(noise, box, factor))
+            new = make(replace(inside, tile=None, width=None, height=None)).images[0]
+            result.paste(new, box[:2], ramp(box, overlap))
+        return Output([result.crop((0, 0, *size))], None, one.seeds, one)
+
+    return joined(s, map(painted, s.each()))
+
+
+def noise_in(noise: Tensor, box: Box, factor: int) -> Tensor:
+    left, top, right, bottom = (side // factor for side in box)
+    return noise[..., top:bottom, left:right]
+
+
+def joined(s: Settings, outputs: Iterable[Output]) -> Output:
+    parts = list(outputs)
+    latents = [part.latents for part in parts if part.latents is not None]
+    return Output(
+        [image for part in parts for image in part.images],
+        torch.cat(latents) if len(latents) == len(parts) else None,
+        s.seeds,
+        s,
+    )
