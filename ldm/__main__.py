@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ldm.inspection import inspect
 from ldm.parameters import parameters
 from ldm.pipeline import Pipeline
 from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
-from ldm.settings import Settings
+from ldm.settings import CHOICES, Settings
 from ldm.verify import HEADER, line, matches, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +82,19 @@ def generate(a: argparse.Namespace) -> None:
         clip_skip=a.clip_skip,
         image=open_image("--image", a.image),
         strength=a.strength,
+        strength_rule=a.strength_rule,
         mask=open_image("--mask", a.mask),
+        mask_blur=a.mask_blur,
+        masked_content=a.masked_content,
+        blend=a.blend,
+        paste_back=a.paste_back,
+        padding_mask_crop=a.padding_mask_crop,
+        extend=a.extend,
+        extend_fill=a.extend_fill,
+        enlarge=a.enlarge,
+        enlarge_filter=a.enlarge_filter,
+        tile=a.tile,
+        tile_overlap=a.tile_overlap,
         eta=a.eta,
         guidance_rescale=a.guidance_rescale,
         original_size=a.original_size,
@@ -181,6 +193,12 @@ def verify_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
+def choice(name: str) -> dict[str, Any]:
+    """argparse's options for a setting that is one of a few words."""
+    default = {field.name: field.default for field in fields(Settings)}[name]
+    return {"choices": CHOICES[name], "default": default}
+
+
 def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompt", help="what to draw")
     p.add_argument(
@@ -205,7 +223,24 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
     p.add_argument("--strength", type=float, default=0.75, help="0 keeps the image, 1 replaces it (default 0.75)")
+    p.add_argument("--strength-rule", **choice("strength_rule"), help="how steps are counted (default floor)")
     p.add_argument("--mask", type=Path, metavar="FILE", help="white where the image is to be repainted")
+    p.add_argument("--mask-blur", type=float, default=0.0, metavar="PIXELS", help="soften its edges (default 0)")
+    p.add_argument("--masked-content", **choice("masked_content"), help="what the run starts from under the mask")
+    p.add_argument("--blend", **choice("blend"), help="how the kept part enters the loop: webui's x0, diffusers' noise")
+    p.add_argument(
+        "--paste-back", action=argparse.BooleanOptionalAction, default=True, help="keep the image bit for bit outside"
+    )
+    p.add_argument(
+        "--padding-mask-crop", type=int, metavar="PIXELS", help="inpaint a box around the mask, with padding"
+    )
+    sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    p.add_argument("--extend", type=int, nargs=4, metavar=sides, help="outpaint: pixels to add on each side")
+    p.add_argument("--extend-fill", **choice("extend_fill"), help="what is painted over (default edge)")
+    p.add_argument("--enlarge", type=float, default=1.0, metavar="FACTOR", help="then redraw it at --strength, larger")
+    p.add_argument("--enlarge-filter", **choice("enlarge_filter"), help="by which it is enlarged (default latent)")
+    p.add_argument("--tile", type=int, metavar="PIXELS", help="do a large image in tiles of this side")
+    p.add_argument("--tile-overlap", type=int, metavar="PIXELS", help="of two tiles (default: a quarter)")
     p.add_argument("--model", help="a .safetensors file, a folder, or OWNER/NAME on the hub (default: emoji-64)")
     p.add_argument("--revision", help="of a model on the hub: a branch, tag or commit (default: main)")
     p.add_argument("--vae", metavar="MODEL", help="a VAE that replaces the model's own")

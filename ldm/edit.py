@@ -2,18 +2,35 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from ldm.image import to_mask, to_rgb
-from ldm.img2img import Box, crop_box, extended, fit, new_part, paste, ramp, tiles
+from ldm.img2img import Box, crop_box, extended, feathered, fit, new_part, paste, ramp, tiles
 from ldm.settings import Output, Settings
 
 Make = Callable[[Settings], Output]
 Draw = Callable[[Settings, tuple[int, int]], Tensor]  # the initial noise (B,4,h,w) of a picture (width, height)
+
+
+class Grid(NamedTuple):
+    """Tiles of `side` pixels of which neighbours share `overlap`; `factor` pixels to a latent."""
+
+    side: int
+    overlap: int
+    factor: int
+
+    def boxes(self, size: tuple[int, int]) -> list[Box]:
+        return tiles(size, self.side, self.overlap)
+
+    def noise_in(self, noise: Tensor, box: Box) -> Tensor:
+        left, top, right, bottom = (side // self.factor for side in box)
+        return noise[..., top:bottom, left:right]
+
 
 # How `enlarge` resizes: latents with torch, or pictures with Pillow.
 LATENT_FILTERS = {"latent": "bilinear", "latent-nearest": "nearest-exact", "latent-bicubic": "bicubic"}
@@ -60,64 +77,57 @@ def only_masked(make: Make, s: Settings, size: tuple[int, int]) -> Output:
     return replace(made, images=whole, settings=s)
 
 
-def outpainted(
-    make: Make, draw: Draw, s: Settings, size: tuple[int, int], tile: int, overlap: int, factor: int
-) -> Output:
+def outpainted(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid: Grid, soft: bool) -> Output:
     """Paint the canvas that `extend` adds to a picture of `size`, tile by tile, the best known tile first.
 
     What was known of a tile stays bit for bit; where the two meet, the new part takes over its colour.
+    soft: let the new part grow out of what the canvas is filled with; not for inpainting models, which take that for
+    the picture.
     """
     assert s.image is not None and s.extend is not None
     image = extended(fit(to_rgb(s.image), size, 1), s.extend, s.extend_fill)
-    new = new_part(size, s.extend)
+    new, fade = new_part(size, s.extend), 4 * grid.factor
 
     def painted(one: Settings) -> Output:
-        canvas, unknown = fit(image, image.size, factor), fit(new, new.size, factor)
+        canvas, unknown = fit(image, image.size, grid.factor), fit(new, new.size, grid.factor)
         noise = draw(one, canvas.size) if one.noise is None else one.noise
-        boxes, made = tiles(canvas.size, tile, overlap), []
+        boxes, made = grid.boxes(canvas.size), []
         while boxes := [box for box in boxes if unknown.crop(box).getbbox()]:
             box = min(boxes, key=lambda box: sum(unknown.crop(box).histogram()[1:]))
             known, part = canvas.crop(box), unknown.crop(box)
-            # The latents beside the new part have seen what it was filled with: they are painted anew as well.
-            mask = part.filter(ImageFilter.MaxFilter(2 * factor + 1))
-            inside = replace(one, image=known, mask=mask, noise=noise_in(noise, box, factor), extend=None, tile=None)
+            # At its edge the new part goes on as the canvas was filled, and is free of that only `fade` pixels away.
+            mask = feathered(part, fade) if soft else part
+            inside = replace(one, image=known, mask=mask, noise=grid.noise_in(noise, box), extend=None, tile=None)
             made.append(make(replace(inside, width=None, height=None, paste_back=False)))
-            canvas.paste(paste(made[-1].images[0], known, part, fade=2 * factor), box[:2])
+            canvas.paste(paste(made[-1].images[0], known, part, fade), box[:2])
             unknown.paste(0, box)
         return Output([canvas.crop((0, 0, *image.size))], made[0].latents if len(made) == 1 else None, one.seeds, one)
 
     return joined(s, map(painted, s.each()))
 
 
-def in_tiles(
-    make: Make, draw: Draw, s: Settings, size: tuple[int, int], tile: int, overlap: int, factor: int
-) -> Output:
+def in_tiles(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid: Grid) -> Output:
     """Image to image of a large picture, tile by tile; each tile fades in over those on its left and above it.
 
     Beside the picture and the result there is one tile at a time, and the noise: 4 floats a latent.
     """
     assert s.image is not None and s.tile is not None
-    source = fit(to_rgb(s.image), size, factor)
-    mask = None if s.mask is None else fit(to_mask(s.mask, s.mask_blur), size, factor)
+    source = fit(to_rgb(s.image), size, grid.factor)
+    mask = None if s.mask is None else fit(to_mask(s.mask, s.mask_blur), size, grid.factor)
 
     def painted(one: Settings) -> Output:
         result = source.copy()
         noise = draw(one, source.size) if one.noise is None else one.noise
-        for box in tiles(source.size, tile, overlap):
+        for box in grid.boxes(source.size):
             part = None if mask is None else mask.crop(box)
             if part is not None and not part.getbbox():
                 continue
-            inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, noise=noise_in(noise, box, factor))
+            inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, noise=grid.noise_in(noise, box))
             new = make(replace(inside, tile=None, width=None, height=None)).images[0]
-            result.paste(new, box[:2], ramp(box, overlap))
+            result.paste(new, box[:2], ramp(box, grid.overlap))
         return Output([result.crop((0, 0, *size))], None, one.seeds, one)
 
     return joined(s, map(painted, s.each()))
-
-
-def noise_in(noise: Tensor, box: Box, factor: int) -> Tensor:
-    left, top, right, bottom = (side // factor for side in box)
-    return noise[..., top:bottom, left:right]
 
 
 def joined(s: Settings, outputs: Iterable[Output]) -> Output:

@@ -152,22 +152,35 @@ def fill(image: Image.Image, mask: Image.Image) -> Image.Image:
 def paste(new: Image.Image, old: Image.Image, mask: Image.Image, fade: int = 0) -> Image.Image:
     """`new` where the mask is white, `old` bit for bit where it is black.
 
-    fade: the step in colour between the two at the mask's edge is taken out of `new`, over about so many pixels.
+    fade: at the mask's edge `new` takes over the colour of `old`, less and less of it over so many pixels: no seam.
     """
     inside = pixels(mask)[..., None] / 255  # (h,w,1)
     a, b = pixels(new), pixels(old)  # (h,w,3)
     if fade:
-        a = a + faded(np.where(inside == 0, b - a, 0), inside == 0, fade)
+        difference, distance = led_on(b - a, inside == 0, fade)
+        a = a + (1 - distance) * difference
     return Image.fromarray((b + inside * (a - b)).round().clip(0, 255).astype(np.uint8))
 
 
-def faded(difference: np.ndarray, known: np.ndarray, radius: int) -> np.ndarray:
-    """difference (h,w,3), right where known (h,w,1) and 0 elsewhere, led on into the unknown and to nothing there."""
-    stack = torch.from_numpy(np.concatenate([difference, known], -1)).permute(2, 0, 1)[None].float()  # (1,4,h,w)
-    for _ in range(2):
-        stack = F.avg_pool2d(stack, 2 * radius + 1, 1, radius, count_include_pad=False)
-    mean, weight = stack[:, :3], stack[:, 3:]
-    return (mean / weight.clamp(min=0.5))[0].permute(1, 2, 0).numpy()  # at a straight edge the weight is 1/2
+def feathered(mask: Image.Image, width: int) -> Image.Image:
+    """A hard mask that rises from its edge inwards, over `width` pixels, from black to white."""
+    known = pixels(mask)[..., None] == 0
+    return Image.fromarray((255 * led_on(np.zeros_like(known), known, width)[1][..., 0]).round().astype(np.uint8))
+
+
+def led_on(values: np.ndarray, known: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """values (h,w,c), known (h,w,1), and how far each pixel is from what is known: (h,w,c), and (h,w,1) in 0..1.
+
+    The unknown is filled ring by ring, each pixel with the mean of its neighbours that were known before.
+    """
+    stack = torch.from_numpy(np.concatenate([values * known, known], -1)).permute(2, 0, 1)[None].float()  # (1,c+1,h,w)
+    distance = torch.ones_like(stack[:, -1:])
+    for ring in range(reach):
+        there = stack[:, -1:] > 0
+        distance = torch.where(there, distance.clamp(max=ring / reach), distance)
+        mean = F.avg_pool2d(stack, 3, 1, 1)
+        stack = torch.where(there, stack, mean / mean[:, -1:].clamp(min=0.1))  # 1/9 is the least of any
+    return stack[0, :-1].permute(1, 2, 0).numpy(), distance[0].permute(1, 2, 0).numpy()
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -211,7 +224,7 @@ def fit(image: Image.Image, size: tuple[int, int], multiple: int) -> Image.Image
 
 def extended(image: Image.Image, sides: Box, how: str) -> Image.Image:
     """A picture with more canvas on its left, top, right and bottom. how: edge (its last row repeated), mirror, or
-    noise (each new pixel one of the picture's, by a fixed seed)."""
+    noise (the edge, going over into random colours of the picture, by a fixed seed)."""
     left, top, right, bottom = sides
     if not any(sides):
         return image
@@ -219,9 +232,10 @@ def extended(image: Image.Image, sides: Box, how: str) -> Image.Image:
     borders = ((top, bottom), (left, right), (0, 0))[: source.ndim]
     canvas = np.pad(source, borders, mode="symmetric" if how == "mirror" else "edge")
     if how == "noise":
-        new = np.pad(np.zeros(source.shape[:2], bool), borders[:2], constant_values=True)
+        share = np.pad(np.zeros((*source.shape[:2], 1), np.float32), borders, mode="linear_ramp", end_values=1)
         colours = source.reshape(-1, source.shape[-1])
-        canvas[new] = colours[np.random.default_rng(0).integers(len(colours), size=new.sum())]
+        noise = colours[np.random.default_rng(0).integers(len(colours), size=canvas.shape[:2])]
+        canvas = (canvas * (1 - share) + noise * share).round().astype(np.uint8)
     return Image.fromarray(canvas)
 
 
@@ -230,7 +244,7 @@ CANVAS_FILLS = ("edge", "mirror", "noise")
 
 def new_part(size: tuple[int, int], sides: Box) -> Image.Image:
     """The mask of `extended`: white on the new canvas, black on the picture of `size`."""
-    return ImageOps.expand(Image.new("L", size), sides, fill=255)
+    return ImageOps.expand(Image.new("L", size), tuple(sides), fill=255)
 
 
 def tiles(size: tuple[int, int], tile: int, overlap: int) -> list[Box]:

@@ -16,7 +16,7 @@ from ldm.clip import TextEncoder, TextEncoding
 from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
-from ldm.edit import enlarged, in_tiles, only_masked, outpainted
+from ldm.edit import Grid, enlarged, in_tiles, only_masked, outpainted
 from ldm.guidance import guided, handed_over
 from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, upright_size
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
@@ -181,16 +181,16 @@ class Pipeline:
         def make(s: Settings) -> Output:
             return self.run(s, progress, callback)
 
-        s, factor, size = settings, self.vae.config.factor, self._size(settings)
-        tile, overlap = self._tile(s)
+        s, size = settings, self._size(settings)
+        grid = self._grid(s)
         if s.enlarge > 1:
-            return enlarged(make, s, size, factor)
+            return enlarged(make, s, size, grid.factor)
         if s.extend is not None:
-            return outpainted(make, self._first_noise, s, size, tile, overlap, factor)
+            return outpainted(make, self._first_noise, s, size, grid, soft=not self._inpaints)
         if s.padding_mask_crop is not None:
             return only_masked(make, s, (s.width or self.size, s.height or self.size))
-        if s.tile is not None and max(size) > tile:
-            return in_tiles(make, self._first_noise, s, size, tile, overlap, factor)
+        if s.tile is not None and max(size) > grid.side:
+            return in_tiles(make, self._first_noise, s, size, grid)
         return self._run(s, progress, callback)
 
     def _run(self, settings: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
@@ -290,17 +290,19 @@ class Pipeline:
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
         mask = None if s.mask is None else fit(self._mask(s), size, factor)
         start = s.latents if picture is None else picture
+        if picture is not None and mask is not None and s.masked_content != "original":
+            start = fill(picture, mask)
         noise = self._noise(s, size)
         sigmas, spacing = self._sigmas(s), self._spacing(s)
         replaces = True
         if start is not None:
             plan = self._plan(s)
             sigmas, replaces = plan.sigmas, plan.replaces
-        inpaints = self.unet.config.in_channels > self.unet.config.out_channels
-        blends = mask is not None and not inpaints
+        blends = mask is not None and not self._inpaints
         z = torch.zeros(())
         if start is not None and (not replaces or blends):
-            z = self._start_latents(s, start, mask, noise)
+            # Where nothing is run, the picture comes back: no noise of any kind. Else, as in diffusers, the first draw.
+            z = self._start_latents(s, start, noise.shape, noise if len(sigmas) else None)
         if not len(sigmas):
             return Run(z, sigmas, iter(()), size, picture, mask)
         first = s.noise.to(self.device, torch.float32) if s.noise is not None else noise()  # (B,4,h,w)
@@ -314,7 +316,7 @@ class Pipeline:
                 z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
             x = z + sigmas[0] * first
 
-        seen = self._masked(s, picture, mask, noise) if inpaints else None
+        seen = self._masked(s, picture, mask, noise) if self._inpaints else None
         denoise = self._denoiser(s, size, spacing == "karras", seen)
         if s.refiner is not None:
             self._check_refiner(s)
@@ -412,6 +414,11 @@ class Pipeline:
                 " leave the refiner out, or use a model without the extra channels"
             )
 
+    @property
+    def _inpaints(self) -> bool:
+        """Whether the UNet is shown a mask and the picture without what it hides."""
+        return self.unet.config.in_channels > self.unet.config.out_channels
+
     def _vp(self, s: Settings) -> bool:
         """Whether the sampler is of the variance-preserving kind; a functools.partial of a sampler counts as it."""
         return getattr(s.sampler_function, "func", s.sampler_function) in VARIANCE_PRESERVING
@@ -443,15 +450,14 @@ class Pipeline:
             height, width = (side * self.vae.config.factor for side in s.latents.shape[-2:])
         return (width if s.width is None else s.width), (height if s.height is None else s.height)
 
-    def _tile(self, s: Settings) -> tuple[int, int]:
-        """The side of a tile and the least overlap of two, in pixels."""
+    def _grid(self, s: Settings) -> Grid:
         factor, tile = self.vae.config.factor, s.tile or self.size
         overlap = tile // 4 // factor * factor if s.tile_overlap is None else s.tile_overlap
         if tile % factor or overlap % factor or not overlap < tile:
             raise ValueError(
                 f"tile={tile}, tile_overlap={overlap}: give multiples of {factor}, the overlap less than the tile"
             )
-        return tile, overlap
+        return Grid(tile, overlap, factor)
 
     def _noise(self, s: Settings, size: tuple[int, int]) -> SeededNoise:
         """The stream of each picture of a size (width, height) in pixels."""
@@ -477,20 +483,17 @@ class Pipeline:
         return mask
 
     def _start_latents(
-        self, s: Settings, start: Image.Image | Tensor, mask: Image.Image | None, noise: SeededNoise
+        self, s: Settings, start: Image.Image | Tensor, shape: tuple[int, ...], noise: SeededNoise | None
     ) -> Tensor:
-        """The picture to start from, as latents (B,4,h,w) in the VAE's scale."""
+        """The picture to start from, as latents (B,*shape) in the VAE's scale."""
         if isinstance(start, Tensor):
-            if tuple(start.shape) not in [(count, *noise.shape) for count in (1, s.count)]:
+            if tuple(start.shape) not in [(count, *shape) for count in (1, s.count)]:
                 raise ValueError(
-                    f"latents have shape {tuple(start.shape)}: these settings need {(s.count, *noise.shape)},"
+                    f"latents have shape {tuple(start.shape)}: these settings need {(s.count, *shape)},"
                     " or one picture for all"
                 )
             return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
-        if mask is not None and s.masked_content != "original":
-            start = fill(start, mask)
-        # Strength 0 returns the picture: no noise of any kind. Else, as in diffusers, the first draw.
-        return self._encode(to_tensor(start), noise if s.strength > 0 else None).expand(s.count, -1, -1, -1)
+        return self._encode(to_tensor(start), noise).expand(s.count, -1, -1, -1)
 
 
 @torch.no_grad()

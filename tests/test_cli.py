@@ -129,6 +129,17 @@ def test_nothing_is_written_over(capsys):
     assert Path("x.png").read_text() == "mine" and files() == ["x-2.png", "x-3.png", "x-4.png", "x.png"]
 
 
+def options(settings):
+    """Those of the command line for settings; pictures and models stand for files of a fixed name."""
+    argv = []
+    for name, value in settings.items():
+        option = "--" + name.replace("_", "-")
+        files = {"image": "in.png", "mask": "mask.png", "refiner": str(DEFAULT_MODEL)}
+        values = value if isinstance(value, tuple) else [files.get(name, value)]
+        argv += [option.replace("--", "--no-")] if value is False else [option, *map(str, values)]
+    return argv
+
+
 def test_every_setting(pipe, capsys):
     x, y = np.meshgrid(np.arange(40), np.arange(32))
     Image.fromarray(np.stack([6 * x, 8 * y, 3 * x], -1).astype(np.uint8)).save("in.png")
@@ -147,7 +158,12 @@ def test_every_setting(pipe, capsys):
         "clip_skip": 2,
         "image": Image.open("in.png"),
         "strength": 0.5,
+        "strength_rule": "webui",
         "mask": Image.open("mask.png"),
+        "mask_blur": 1.5,
+        "masked_content": "fill",
+        "blend": "noise",
+        "paste_back": False,
         "eta": 0.25,
         "guidance_rescale": 0.5,
         "original_size": (64, 48),  # what SDXL alone looks at, like the next four
@@ -159,13 +175,19 @@ def test_every_setting(pipe, capsys):
         "refiner_start": 0.6,
         "emphasis": "none",
     }
-    argv = []
-    for name, value in settings.items():
-        files = {"image": "in.png", "mask": "mask.png", "refiner": str(DEFAULT_MODEL)}
-        values = value if isinstance(value, tuple) else [files.get(name, value)]
-        argv += ["--" + name.replace("_", "-"), *map(str, values)]
-    main(["(fire:1.4)", "-o", "x.png", "--quiet", *argv])
+    main(["(fire:1.4)", "-o", "x.png", "--quiet", *options(settings)])
     assert pixels("x.png") == pixels(pipe("(fire:1.4)", **settings, progress=False).images[0])
+    # What is several runs, and each kind by itself.
+    common = {"image": settings["image"], "steps": 2, "strength": 0.5}
+    others = [
+        {"mask": settings["mask"], "padding_mask_crop": 4},
+        {"extend": (0, 8, 16, 0), "extend_fill": "mirror"},
+        {"enlarge": 1.5, "enlarge_filter": "lanczos", "tile": 32, "tile_overlap": 16},
+    ]
+    for i, other in enumerate(others):
+        main(["fire", "-o", f"{i}.png", "--quiet", *options(common | other)])
+        assert pixels(f"{i}.png") == pixels(pipe("fire", **common, **other, progress=False).images[0])
+    settings |= others[0] | others[1] | others[2]
     written = Image.open("x.png").text["parameters"]
     for line in ("Emphasis: No norm", 'Original size: "(64, 48)"', 'Crops coords top left: "(1, 2)"', "Clip skip: 2"):
         assert line in written
@@ -222,7 +244,7 @@ def test_help(capsys):
         (["--sigmas", "karas"], "argument --sigmas: invalid choice: 'karas'"),
         (["--strength", "2"], "ldm: error: strength=2.0: give a number from 0"),
         (["--guidance-scale", "nan"], "ldm: error: guidance_scale=nan"),
-        (["--width", "61"], "ldm: error: size 61x"),
+        (["--width", "0"], "ldm: error: width=0"),
         (["--clip-skip", "99"], "ldm: error: clip_skip=99"),
         (["--seed", "-1"], "ldm: error: seed=-1: give a whole number of 0 or more"),
         (["-n", "0"], "ldm: error: batch_size=0"),

@@ -5,15 +5,19 @@ What is here is what tests/test_models.py and tests/test_diffusers_pipeline.py (
 
 from functools import cache
 
+import numpy as np
 import pytest
+import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from family import MODELS, assert_close, contiguous, ours, photo, reference, saved, theirs
-from PIL import Image
+from PIL import Image, ImageFilter
 
 SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
 CAT, RED = "a cat", "the red"
@@ -197,6 +201,63 @@ class TestInpainting:
         changes += [{"image": Image.new("RGB", (40, 24), "blue")}, {"mask": Image.new("L", (40, 24))}]
         settings = {"prompt": CAT, "negative_prompt": RED, "strength": 1.0, **mine}
         assert_sees(made(kind, "euler")[0], settings, changes)
+
+
+def inpainter(pipe):
+    """diffusers' inpainting with a model of four channels and the same parts."""
+    xl = "text_encoder_2" in pipe.components
+    other = (StableDiffusionXLInpaintPipeline if xl else StableDiffusionInpaintPipeline)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize("kind", ["SD 1", "SD 2 v", "SDXL"])
+class TestInpaintingWithAnyModel:
+    """Four channels: diffusers lays the same noise on what is kept again after every step."""
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+    def test_renoised(self, made, kind, sampler, strength):
+        (pipe, reference), (mine, others) = made(kind, sampler), masked()
+        common = {"prompt": CAT, "negative_prompt": RED, "strength": strength}
+        b = theirs(inpainter(reference), 2, 7, **others, **common)
+        own = {"sampler": sampler, "blend": "noise", "strength_rule": "diffusers"}
+        assert_close(ours(pipe, 2, 7, **mine, **common, **own), b)
+        if strength < 1:  # of a hard mask and without fresh noise, x0 is blended to the same
+            assert_close(ours(pipe, 2, 7, **mine, **common, **(own | {"blend": "x0"})), b)
+
+    def test_batch(self, made, kind):
+        (pipe, reference), (mine, others) = made(kind, "euler"), masked()
+        common = {"strength": 0.6, "negative_prompt": ""}
+        a = ours(pipe, [3, 0], prompt=[CAT, RED], blend="noise", **mine, **common)
+        for row, seed, text in zip(a, (3, 0), (CAT, RED), strict=True):
+            assert_close(row[None], theirs(inpainter(reference), seed, prompt=text, **others, **common))
+
+    def test_the_comparison_would_see_it(self, made, kind):
+        mine, _ = masked()
+        changes = [{"seed": 6}, {"strength": 0.8}, {"image": Image.new("RGB", (40, 24), "blue")}]
+        changes += [{"mask": Image.new("L", (40, 24), 255)}, {"masked_content": "nothing"}, {"masked_content": "fill"}]
+        changes += [{"mask": mine["mask"].filter(ImageFilter.GaussianBlur(2))}]
+        settings = {"prompt": CAT, "negative_prompt": RED, "strength": 0.6, "blend": "noise", **mine}
+        assert_sees(made(kind, "euler")[0], settings, changes)
+
+
+@pytest.mark.parametrize("kind", ["SD 1", "SD 1 inpainting"])
+def test_only_masked(made, kind):
+    """diffusers' padding_mask_crop, to the pixel: the box is cut out, inpainted at the model's size and put back."""
+    pipe, reference = made(kind, "ddim")
+    image = photo(96, 80)
+    mask = Image.new("L", image.size)
+    mask.paste(255, (30, 20, 60, 45))
+    common = {"prompt": CAT, "negative_prompt": RED, "strength": 0.6, "padding_mask_crop": 6}
+    other = inpainter(reference)
+    generator = torch.Generator().manual_seed(2)
+    sizes = {"width": 64, "height": 64, "num_inference_steps": 5}
+    b = other(generator=generator, image=image, mask_image=mask, **common, **sizes).images[0]
+    a = pipe(seed=2, steps=5, image=image, mask=mask, blend="noise", sampler="ddim", progress=False, **common).images[0]
+    difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+    assert a.size == b.size == image.size and (np.asarray(a) != np.asarray(image)).any()
+    assert difference.max() <= 2
 
 
 def test_sizes_of_inpainting(made):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.image import save_png, to_images, to_mask, to_rgb, to_tensor
+from ldm.image import latent_mask, save_png, to_images, to_mask, to_rgb, to_tensor, upright_size
 
 
 def pixels(image):
@@ -101,8 +101,8 @@ def test_orientation(orientation, operation):
     upright = stored if operation is None else stored.transpose(operation)
     assert np.array_equal(to_rgb(Image.open(file)), upright)
     assert np.array_equal(to_rgb(to_rgb(Image.open(file))), upright)  # turned once
-    grey = torch.from_numpy(np.array(upright.convert("L")))
-    assert torch.equal(to_mask(Image.open(file), *grey.shape)[0, 0], (grey >= 127.5).float())
+    assert np.array_equal(to_mask(Image.open(file)), upright.convert("L"))
+    assert upright_size(Image.open(file)) == upright.size
 
 
 def test_the_callers_image_is_left_alone():
@@ -136,21 +136,33 @@ def test_to_images_rounds_and_clips():
 def test_mask_is_nearest_at_latent_size():
     mask = Image.new("L", (16, 8), 0)
     mask.paste(255, (8, 0, 16, 4))
-    assert to_mask(mask, 2, 4).tolist() == [[[[0, 0, 1, 1], [0, 0, 0, 0]]]]
+    assert latent_mask(mask, 2, 4).tolist() == [[[[0, 0, 1, 1], [0, 0, 0, 0]]]]
+    mask.putpixel((0, 0), 51)
+    assert latent_mask(mask, 2, 4)[0, 0, 0, 0] == 0.2
 
 
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
-        (raw("L", b"\0", b"\177", b"\200", b"\377"), [0, 0, 1, 1]),
-        (raw("I;16", b"\0\0", b"\0\1", b"\0\200", b"\377\377"), [0, 0, 1, 1]),
-        (Image.frombytes("1", (4, 1), b"\x40"), [0, 1, 0, 0]),
-        (raw("RGBA", b"\0\0\0\377", b"\377\377\377\377", b"\0\0\0\0", b"\0\0\0\377"), [0, 1, 1, 0]),
+        (raw("L", b"\0", b"\177", b"\200", b"\377"), [0, 127, 128, 255]),
+        (raw("I;16", b"\0\0", b"\0\1", b"\0\200", b"\377\377"), [0, 1, 128, 255]),
+        (Image.frombytes("1", (4, 1), b"\x40"), [0, 255, 0, 0]),
+        (raw("RGBA", b"\0\0\0\377", b"\377\377\377\377", b"\0\0\0\0", b"\0\0\0\377"), [0, 255, 255, 0]),
     ],
     ids=["L", "I;16", "1", "RGBA"],
 )
 def test_mask_modes(mask, expected):
-    assert to_mask(mask, 1, 4).flatten().tolist() == expected
+    assert np.asarray(to_mask(mask)).ravel().tolist() == expected
+
+
+def test_mask_blur():
+    """A step becomes the integral of a normal distribution of that width."""
+    mask = Image.new("L", (80, 3))
+    mask.paste(255, (40, 0, 80, 3))
+    row = np.asarray(to_mask(mask, 6.0))[1].astype(float)
+    erf = torch.erf((torch.arange(80) - 39.5) / 6 / 2**0.5).numpy()
+    assert np.abs(row - 255 * (1 + erf) / 2).max() < 4
+    assert np.array_equal(to_mask(mask), mask)
 
 
 def test_save(tmp_path):

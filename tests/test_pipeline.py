@@ -120,13 +120,21 @@ class TestImageToImage:
         assert not torch.allclose(outs[0].latents, outs[1].latents, atol=0.01)
 
     def test_the_size_is_the_pictures(self, pipe):
-        """Cut to whole latents; unless a size is given, then the picture is resized."""
+        """Padded to whole latents and cropped; if a size is given, the picture is resized."""
         factor = pipe.vae.config.factor
         image = Image.new("RGB", (12 * factor + 1, 8 * factor - 1))
         out = pipe(image=image, steps=1, progress=False)
-        assert out.images[0].size == (12 * factor, 7 * factor)
+        assert out.images[0].size == image.size and out.latents.shape[-2:] == (8, 13)
         out = pipe(image=image, steps=1, width=10 * factor, progress=False)
-        assert out.images[0].size == (10 * factor, 7 * factor)
+        assert out.images[0].size == (10 * factor, image.height)
+
+    def test_padding_is_cut_off(self, pipe, picture):
+        """The picture with its last row and column repeated gives the same, but for what is cut off."""
+        factor = pipe.vae.config.factor
+        odd = picture.crop((0, 0, 8 * factor - 3, 6 * factor - 1))
+        even = Image.fromarray(np.pad(np.asarray(odd), ((0, 1), (0, 3), (0, 0)), mode="edge"))
+        a, b = (pipe(HEART, image=image, steps=2, progress=False).images[0] for image in (odd, even))
+        assert a.size == odd.size and np.array_equal(a, b.crop((0, 0, *odd.size)))
 
     def test_a_photo_is_held_upright(self, pipe, picture):
         """The same picture, stored lying on its side."""
@@ -333,9 +341,11 @@ def test_mask_of_everything_is_no_mask(pipe, picture, sampler):
 class TestBadInput:
     @pytest.mark.parametrize("size", [(66, 64), (64, 2), (1, 1), (65, 65)])
     def test_size(self, pipe, size):
-        width, height = size
-        with pytest.raises(ValueError, match=f"size {width}x{height}: .* multiples of {pipe.vae.config.factor}"):
-            pipe("", width=width, height=height, progress=False)
+        """Any is made: padded to whole latents, and cropped."""
+        factor, (width, height) = pipe.vae.config.factor, size
+        out = pipe("", width=width, height=height, steps=1, progress=False)
+        assert out.images[0].size == size
+        assert out.latents.shape[-2:] == (-(-height // factor), -(-width // factor))
 
     def test_clip_skip(self, pipe):
         layers = pipe.text_encoder.config.layers
