@@ -266,7 +266,10 @@ class Pipeline:
             if count == 0:
                 return z, torch.zeros(1), iter(()), None
             sigmas = sigmas[-count - 1 :]
-        first = s.noise.to(self.device, torch.float32) if s.noise is not None else noise()  # (B,4,h,w)
+        if s.noise is not None:
+            first = s.noise.to(self.device, torch.float32)  # (B,4,h,w)
+        else:
+            first = noise.varied(s.subseeds, s.subseed_strength, self._noise_size(s))
         if tuple(first.shape) != (s.count, *noise.shape):
             raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
         if starts_anew:
@@ -387,6 +390,17 @@ class Pipeline:
         if width % factor or height % factor:
             raise ValueError(f"size {width}x{height}: width and height must be multiples of {factor} for this model")
         return width, height
+
+    def _noise_size(self, s: Settings) -> tuple[int, int] | None:
+        """Height and width in latents of `seed_resize_from`."""
+        if s.seed_resize_from is None:
+            return None
+        factor, (width, height) = self.vae.config.factor, s.seed_resize_from
+        if width % factor or height % factor:
+            raise ValueError(
+                f"seed_resize_from {width}x{height}: width and height must be multiples of {factor} for this model"
+            )
+        return height // factor, width // factor
 
     def _start_latents(
         self, s: Settings, start: Image.Image | Tensor, size: tuple[int, int], noise: SeededNoise
