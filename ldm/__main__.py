@@ -88,6 +88,7 @@ def generate(a: argparse.Namespace) -> None:
         batch_size=a.n,
         width=a.width,
         height=a.height,
+        tiling=a.tiling,
         clip_skip=a.clip_skip,
         image=open_image("--image", a.image),
         strength=a.strength,
@@ -213,6 +214,7 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
+    p.add_argument("--tiling", choices=["x", "y", "both"], help="opposite edges match")
     p.add_argument("--clip-skip", type=int, default=1, metavar="N", help="1 is the last layer, no cut (default 1)")
     p.add_argument(
         "--emphasis", choices=["mean", "none", "off"], default="mean", help="of (word:1.3); off: brackets are text"

@@ -22,6 +22,7 @@ from ldm.image import to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import keep_outside, steps_at
 from ldm.noise import SeededNoise
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
+from ldm.seamless import seamless
 from ldm.settings import Settings
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE
@@ -174,7 +175,8 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
-        x, sigmas, steps, kept = self._begin(settings)
+        pipe = self._tiled(settings.tiling)
+        x, sigmas, steps, kept = pipe._begin(settings)
         for step in tqdm(steps, total=len(sigmas) - 1, disable=not progress):
             x = step.x
             if callback is not None:
@@ -183,14 +185,23 @@ class Pipeline:
         if kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = kept
             latents = mask * latents + (1 - mask) * z
-        return Output(to_images(self.decode(latents)), latents, settings.seeds, settings)
+        return Output(to_images(pipe.decode(latents)), latents, settings.seeds, settings)
 
     def stream(self, prompt: str | list[str] = "", **settings: Any) -> Iterator[Step]:
         """The same call as the sampler's own loop: lazily what `__call__` would have shown its callback.
 
         `settings` as for `__call__`, without progress and callback: whoever looks at the steps is both.
         """
-        return self._begin(Settings(prompt, **settings))[2]
+        s = Settings(prompt, **settings)
+        return self._tiled(s.tiling)._begin(s)[2]
+
+    def _tiled(self, tiling: str | None) -> "Pipeline":
+        """This pipeline, on the same weights, with nets that wrap around."""
+        if tiling is None:
+            return self
+        pipe = copy.copy(self)
+        pipe.unet, pipe.vae = seamless(self.unet, tiling), seamless(self.vae, tiling)
+        return pipe
 
     def load_embedding(self, path: str | Path, word: str | None = None) -> str:
         """Load a textual inversion (.safetensors); the word that means it in prompts is returned.
@@ -281,7 +292,7 @@ class Pipeline:
         denoise = self._denoiser(s, (width, height), spacing == "karras", seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._denoiser(s, (width, height), spacing == "karras")
+            refine = s.refiner._tiled(s.tiling)._denoiser(s, (width, height), spacing == "karras")
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = (z, to_mask(s.mask, *noise.shape[1:]).to(self.device)) if blends and s.mask is not None else None
         if kept is not None:

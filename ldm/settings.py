@@ -57,6 +57,8 @@ class Settings:
         webui's "resize seed", so that another size shows much of the same picture.
     width, height: in pixels, multiples of the VAE's factor (8 for the official models). None: the picture's, or the
         model's native size.
+    tiling: "x", "y" or "both". The picture joins itself at its left and right edge, top and bottom, or all: what comes
+        next to an edge is the opposite one, in every convolution. (Exact where sides are multiples of 64 pixels.)
     emphasis: weights in prompts as in webui, (word:1.3), [word], BREAK (see ldm/clip/prompt.py): "mean" keeps the mean
         of the text's context, as webui does, "none" does not; None takes brackets as text.
     clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts.
@@ -85,6 +87,7 @@ class Settings:
     batch_size: int = 1
     width: int | None = None
     height: int | None = None
+    tiling: str | None = None
     clip_skip: int = 1
     image: Image.Image | None = field(default=None, repr=False)
     strength: float = 0.75
@@ -136,6 +139,8 @@ class Settings:
         for name in ("width", "height"):
             if getattr(self, name) is not None and not is_whole(getattr(self, name), 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels, or None")
+        if self.tiling not in ("x", "y", "both", None):
+            raise ValueError(f"tiling={self.tiling!r}: use 'x', 'y', 'both', or None for none")
         if self.emphasis not in ("mean", "none", None):
             raise ValueError(f"emphasis={self.emphasis!r}: use 'mean', 'none', or None for brackets that are text")
         if not is_whole(self.clip_skip, 1):

@@ -65,6 +65,7 @@ NAN, INF = float("nan"), float("inf")
             ({"noise": torch.zeros(1, 4, 8, 8), **varied}, "noise takes the place of")
             for varied in ({"subseed": 1, "subseed_strength": 0.5}, {"seed_resize_from": (64, 64)})
         ],
+        *[({"tiling": t}, f"tiling={t!r}: use 'x', 'y', 'both', or None") for t in ("xy", True, "")],
         ({"sampler": None}, "unknown sampler None"),
         ({"sampler": 3}, "unknown sampler 3"),
         ({"strength": "0.5"}, "strength='0.5': give a number"),
@@ -129,6 +130,7 @@ def test_unknown_keyword():
         {"seed": 2**64 - 1},
         {"subseed": 2**64 - 1, "subseed_strength": 1},
         {"seed_resize_from": [64, 48]},
+        {"tiling": "x"},
     ],
     ids=lambda settings: "-".join(settings) or "defaults",
 )
@@ -191,12 +193,12 @@ def test_parameters_that_need_not_be_written():
 
 
 def test_parameters_of_variations():
-    s = Settings("a", batch_size=2, seed=3, subseed=8, subseed_strength=0.25, seed_resize_from=(48, 64))
+    s = Settings("a", batch_size=2, seed=3, subseed=8, subseed_strength=0.25, seed_resize_from=(48, 64), tiling="both")
     written = (
         "Seed: 3, Size: 64x64, Model: m, Variation seed: 9, Variation seed strength: 0.25, Seed resize from: 48x64"
     )
-    assert parameters(s, 1, (64, 64), "m").endswith(f"{written}")
-    assert parameters(Settings("a", subseed=8), 0, (64, 64), "m").endswith("Model: m")
+    assert parameters(s, 1, (64, 64), "m").endswith(f"{written}, Tiling: True")
+    assert parameters(Settings("a", subseed=8, tiling="x"), 0, (64, 64), "m").endswith("Model: m, Tiling: x")
 
 
 def test_parameters_count_the_steps_of_a_tensor():
