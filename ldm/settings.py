@@ -185,9 +185,8 @@ class Settings:
             )
         for name in ("seed",) if self.subseed is None else ("seed", "subseed"):
             value = getattr(self, name)
-            if not all(
-                is_whole(seed, 0, 2**64 - self.count) for seed in (value if isinstance(value, LISTS) else [value])
-            ):
+            each = value if isinstance(value, LISTS) else [value]
+            if not all(is_whole(seed, 0, 2**64 - self.count) for seed in each):
                 raise ValueError(f"{name}={value!r}: give a whole number of 0 or more, below 2**64, or a list of them")
             listed = len(getattr(self, f"{name}s"))
             if listed != self.count:
