@@ -62,6 +62,12 @@ def worded(text: str) -> tuple[str | None, Path]:
     return (word, Path(file)) if word and not Path(text).exists() else (None, Path(text))
 
 
+def seeds(text: str) -> int | list[int]:
+    """N or N,N,..."""
+    numbers = [int(number) for number in text.split(",")]
+    return numbers if "," in text else numbers[0]
+
+
 def generate(a: argparse.Namespace) -> None:
     """Make pictures from a prompt, and perhaps from a picture."""
     if a.output.suffix.lower() != ".png":
@@ -76,9 +82,13 @@ def generate(a: argparse.Namespace) -> None:
         sampler=a.sampler,
         sigmas=a.sigmas,
         seed=a.seed,
+        subseed=a.subseed,
+        subseed_strength=a.subseed_strength,
+        seed_resize_from=a.seed_resize_from,
         batch_size=a.n,
         width=a.width,
         height=a.height,
+        tiling=a.tiling,
         clip_skip=a.clip_skip,
         image=open_image("--image", a.image),
         strength=a.strength,
@@ -214,9 +224,15 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--guidance-rescale", type=float, default=0.0, metavar="R", help="tame strong guidance, 0 to 1 (default 0)"
     )
-    p.add_argument("--seed", type=int, default=0, help="default 0")
+    p.add_argument("--seed", type=seeds, default=0, metavar="N[,N]", help="one, or one for each picture (default 0)")
+    p.add_argument("--subseed", type=seeds, metavar="N[,N]", help="of the noise that the seed's is turned to")
+    p.add_argument("--subseed-strength", type=float, default=0.0, metavar="S", help="how far, 0 to 1 (default 0)")
+    p.add_argument(
+        "--seed-resize-from", type=int, nargs=2, metavar=("W", "H"), help="noise of this size, in the middle"
+    )
     p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
+    p.add_argument("--tiling", choices=["x", "y", "both"], help="opposite edges match")
     p.add_argument("--clip-skip", type=int, default=1, metavar="N", help="1 is the last layer, no cut (default 1)")
     p.add_argument(
         "--emphasis", choices=["mean", "none", "off"], default="mean", help="of (word:1.3); off: brackets are text"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,11 @@ class Grid(NamedTuple):
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         return tiles(size, self.side, self.overlap)
 
-    def noise_in(self, noise: Tensor, box: Box) -> Tensor:
+    def start(self, noise: Tensor, box: Box) -> dict[str, Any]:
+        """The settings of a tile: its part of the whole noise, which is varied already."""
         left, top, right, bottom = (side // self.factor for side in box)
-        return noise[..., top:bottom, left:right]
+        varied = {"subseed": None, "subseed_strength": 0.0, "seed_resize_from": None}
+        return {"noise": noise[..., top:bottom, left:right], "tile": None, "width": None, "height": None} | varied
 
 
 # How `enlarge` resizes: latents with torch, or pictures with Pillow.
@@ -97,8 +99,8 @@ def outpainted(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid:
             known, part = canvas.crop(box), unknown.crop(box)
             # At its edge the new part goes on as the canvas was filled, and is free of that only `fade` pixels away.
             mask = feathered(part, fade) if soft else part
-            inside = replace(one, image=known, mask=mask, noise=grid.noise_in(noise, box), extend=None, tile=None)
-            made.append(make(replace(inside, width=None, height=None, paste_back=False)))
+            inside = replace(one, image=known, mask=mask, **grid.start(noise, box), extend=None, paste_back=False)
+            made.append(make(inside))
             canvas.paste(paste(made[-1].images[0], known, part, fade), box[:2])
             unknown.paste(0, box)
         return Output([canvas.crop((0, 0, *image.size))], made[0].latents if len(made) == 1 else None, one.seeds, one)
@@ -122,9 +124,8 @@ def in_tiles(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid: G
             part = None if mask is None else mask.crop(box)
             if part is not None and not part.getbbox():
                 continue
-            inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, noise=grid.noise_in(noise, box))
-            new = make(replace(inside, tile=None, width=None, height=None)).images[0]
-            result.paste(new, box[:2], ramp(box, grid.overlap))
+            inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, **grid.start(noise, box))
+            result.paste(make(inside).images[0], box[:2], ramp(box, grid.overlap))
         return Output([result.crop((0, 0, *size))], None, one.seeds, one)
 
     return joined(s, map(painted, s.each()))

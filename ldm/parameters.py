@@ -34,6 +34,12 @@ def parameters(
         fields["Clip skip"] = s.clip_skip
     if s.eta:
         fields["Eta"] = s.eta
+    if s.subseed_strength:
+        fields |= {"Variation seed": s.subseeds[index], "Variation seed strength": s.subseed_strength}
+    if s.seed_resize_from is not None:
+        fields["Seed resize from"] = "{}x{}".format(*s.seed_resize_from)
+    if s.tiling is not None:
+        fields["Tiling"] = True if s.tiling == "both" else s.tiling  # webui's is both
     if s.image is not None or s.latents is not None:
         fields["Denoising strength"] = s.strength
     if s.guidance_rescale:

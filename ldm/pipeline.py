@@ -22,6 +22,7 @@ from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, uprigh
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
 from ldm.noise import SeededNoise
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
+from ldm.seamless import seamless
 from ldm.settings import Output, Settings
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE
@@ -181,20 +182,24 @@ class Pipeline:
         def make(s: Settings) -> Output:
             return self.run(s, progress, callback)
 
+        def draw(s: Settings, size: tuple[int, int]) -> Tensor:
+            return self._first_noise(s, self._noise(s, size))
+
         s, size = settings, self._size(settings)
         grid = self._grid(s)
         if s.enlarge > 1:
             return enlarged(make, s, size, grid.factor)
         if s.extend is not None:
-            return outpainted(make, self._first_noise, s, size, grid, soft=not self._inpaints)
+            return outpainted(make, draw, s, size, grid, soft=not self._inpaints)
         if s.padding_mask_crop is not None:
             return only_masked(make, s, (s.width or self.size, s.height or self.size))
         if s.tile is not None and max(size) > grid.side:
-            return in_tiles(make, self._first_noise, s, size, grid)
+            return in_tiles(make, draw, s, size, grid)
         return self._run(s, progress, callback)
 
     def _run(self, settings: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
-        run = self._begin(settings)
+        pipe = self._tiled(settings.tiling)
+        run = pipe._begin(settings)
         x = run.x
         for step in tqdm(run.steps, total=max(len(run.sigmas) - 1, 0), disable=not progress):
             x = step.x
@@ -205,7 +210,7 @@ class Pipeline:
         if run.kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = run.kept
             latents = torch.where(mask > 0, latents, z)
-        images = to_images(self.decode(latents))
+        images = to_images(pipe.decode(latents))
         if run.picture is not None and run.mask is not None and settings.paste_back:
             images = [paste(image, run.picture, run.mask) for image in images]
         return Output([image.crop((0, 0, *run.size)) for image in images], latents, settings.seeds, settings)
@@ -223,7 +228,7 @@ class Pipeline:
             raise ValueError(
                 f"{several[0]}={getattr(s, several[0])}: a stream shows one run; call the pipeline for this"
             )
-        return self._begin(s).steps
+        return self._tiled(s.tiling)._begin(s).steps
 
     def plan_strength(self, **settings: Any) -> StrengthPlan:
         """What a strength means for the settings of a call (steps, strength, strength_rule, sigmas, ...), to print."""
@@ -232,6 +237,14 @@ class Pipeline:
     def _plan(self, s: Settings) -> StrengthPlan:
         steps = len(s.sigmas) - 1 if isinstance(s.sigmas, Tensor) else s.steps
         return strength_plan(s.strength, steps, lambda n: self._sigmas(s, n), s.strength_rule, s.mask is not None)
+
+    def _tiled(self, tiling: str | None) -> "Pipeline":
+        """This pipeline, on the same weights, with nets that wrap around."""
+        if tiling is None:
+            return self
+        pipe = copy.copy(self)
+        pipe.unet, pipe.vae = seamless(self.unet, tiling), seamless(self.vae, tiling)
+        return pipe
 
     def load_embedding(self, path: str | Path, word: str | None = None) -> str:
         """Load a textual inversion (.safetensors); the word that means it in prompts is returned.
@@ -287,6 +300,11 @@ class Pipeline:
     @torch.no_grad()
     def _begin(self, s: Settings) -> Run:
         size, factor = self._size(s), self.vae.config.factor
+        if s.tiling is not None and (size[0] % factor or size[1] % factor):
+            raise ValueError(
+                f"tiling={s.tiling!r} at {size[0]}x{size[1]}: the edges would not join after the cut to that size;"
+                f" give width and height as multiples of {factor}"
+            )
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
         mask = None if s.mask is None else fit(self._mask(s), size, factor)
         start = s.latents if picture is None else picture
@@ -305,7 +323,7 @@ class Pipeline:
             z = self._start_latents(s, start, noise.shape, noise if len(sigmas) else None)
         if not len(sigmas):
             return Run(z, sigmas, iter(()), size, picture, mask)
-        first = s.noise.to(self.device, torch.float32) if s.noise is not None else noise()  # (B,4,h,w)
+        first = self._first_noise(s, noise) if s.noise is None else s.noise.to(self.device, torch.float32)  # (B,4,h,w)
         if tuple(first.shape) != (s.count, *noise.shape):
             raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
         if replaces:
@@ -320,7 +338,7 @@ class Pipeline:
         denoise = self._denoiser(s, size, spacing == "karras", seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._denoiser(s, size, spacing == "karras")
+            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, spacing == "karras")
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
@@ -465,8 +483,15 @@ class Pipeline:
         shape = (self.vae.config.latent_channels, -(-size[1] // factor), -(-size[0] // factor))
         return SeededNoise(s.seeds, shape, self.device)
 
-    def _first_noise(self, s: Settings, size: tuple[int, int]) -> Tensor:
-        return self._noise(s, size)()
+    def _first_noise(self, s: Settings, noise: SeededNoise) -> Tensor:
+        """The next draw (B,4,h,w) of each picture, varied as the settings say."""
+        factor, (width, height) = self.vae.config.factor, s.seed_resize_from or (0, 0)
+        if width % factor or height % factor:
+            raise ValueError(
+                f"seed_resize_from {width}x{height}: width and height must be multiples of {factor} for this model"
+            )
+        size = (height // factor, width // factor) if s.seed_resize_from else None
+        return noise.varied(s.subseeds, s.subseed_strength, size)
 
     def _mask(self, s: Settings) -> Image.Image:
         """The mask in mode L, at the size of the picture."""

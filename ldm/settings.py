@@ -38,6 +38,14 @@ def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
+LISTS = (Sequence, np.ndarray)
+
+
+def counted(seed: int | Sequence[int], count: int) -> list[int]:
+    """The seeds that are listed, or `count` from `seed` up."""
+    return [int(s) for s in seed] if isinstance(seed, LISTS) else [int(seed) + i for i in range(count)]
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """What `Pipeline.__call__` and `Pipeline.stream` take. Raises ValueError for what cannot be run.
@@ -51,9 +59,16 @@ class Settings:
         0, used as it is instead of `steps`. None: the spacing of the model, else that of the sampler's reference.
         Some references begin and end in their own way: ddim ends at the sigma of t = 0, "leading" starts from noise of
         variance 1 + sigma^2. A tensor says where to begin and end by itself, and euler starts it at sigma * noise.
-    seed: of the first picture, picture i has seed + i; or a list of seeds. batch_size: pictures per prompt.
+    seed: of the first picture, picture i has seed + i; or a list of seeds, one each; with one prompt and batch_size 1
+        as many pictures as seeds. batch_size: pictures per prompt.
+    subseed, subseed_strength: the initial noise turns from the seed's (0) to the subseed's (1), as webui's variations
+        do. Picture i has subseed + i then, and all of them the one seed; or give lists.
+    seed_resize_from: (width, height) in pixels. The initial noise is that of a picture of this size in the middle, as
+        webui's "resize seed", so that another size shows much of the same picture.
     width, height: in pixels. None: the picture's, or the model's native size. What is no multiple of the VAE's factor
         (8 in the official models) is padded, and cut off again.
+    tiling: "x", "y" or "both". The picture joins itself at its left and right edge, top and bottom, or all: what comes
+        next to an edge is the opposite one, in every convolution. (Exact where sides are multiples of 64 pixels.)
     emphasis: weights in prompts as in webui, (word:1.3), [word], BREAK (see ldm/clip/prompt.py): "mean" keeps the mean
         of the text's context, as webui does, "none" does not; None takes brackets as text.
     clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts.
@@ -92,9 +107,13 @@ class Settings:
     sampler: str | Sampler = "euler"
     sigmas: str | Tensor | None = None
     seed: int | Sequence[int] = 0
+    subseed: int | Sequence[int] | None = None
+    subseed_strength: float = 0.0
+    seed_resize_from: tuple[int, int] | None = None
     batch_size: int = 1
     width: int | None = None
     height: int | None = None
+    tiling: str | None = None
     clip_skip: int = 1
     image: Image.Image | None = field(default=None, repr=False)
     strength: float = 0.75
@@ -135,17 +154,9 @@ class Settings:
                 raise ValueError(f"{name}={texts!r}: it has halves of surrogate pairs, which no file can hold")
         if not is_whole(self.steps, 1, 1000):
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
+        shares = ("guidance_rescale", "refiner_start", "subseed_strength")
         scores = ("aesthetic_score", "negative_aesthetic_score")
-        for name in (
-            "strength",
-            "eta",
-            "guidance_scale",
-            "guidance_rescale",
-            "refiner_start",
-            "mask_blur",
-            "enlarge",
-            *scores,
-        ):
+        for name in ("strength", "eta", "guidance_scale", "mask_blur", "enlarge", *shares, *scores):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 <= self.strength <= 1:
@@ -154,10 +165,11 @@ class Settings:
             raise ValueError(f"eta={self.eta}: give a number from 0 (DDIM) to 1 (DDPM)")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale}: give a number; 1 is no guidance")
-        for name in ("guidance_rescale", "refiner_start"):
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a number from 0 to 1")
-        for name, low in (("original_size", 1), ("crops_coords_top_left", 0), ("target_size", 1)):
+        lows = {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1, "seed_resize_from": 1}
+        for name, low in lows.items():
             value = getattr(self, name)
             pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(is_whole(n, low) for n in value)
             if not pair and (value is not None or name == "crops_coords_top_left"):
@@ -180,6 +192,8 @@ class Settings:
                 raise ValueError(f"extend={sides!r}: give four whole numbers of pixels, (left, top, right, bottom)")
             if not any(sides):
                 raise ValueError(f"extend={sides!r}: nothing to extend by, give a number above 0 or leave it out")
+        if self.tiling not in ("x", "y", "both", None):
+            raise ValueError(f"tiling={self.tiling!r}: use 'x', 'y', 'both', or None for none")
         if self.emphasis not in ("mean", "none", None):
             raise ValueError(f"emphasis={self.emphasis!r}: use 'mean', 'none', or None for brackets that are text")
         if not is_whole(self.clip_skip, 1):
@@ -223,11 +237,18 @@ class Settings:
             raise ValueError(
                 f"{len(negative)} negative prompts for {len(self.prompts)} prompts: give one text, or as many"
             )
-        seeds = self.seed if isinstance(self.seed, (Sequence, np.ndarray)) else [self.seed]
-        if not all(is_whole(seed, 0, 2**64 - self.count) for seed in seeds):
-            raise ValueError(f"seed={self.seed!r}: give a whole number of 0 or more, below 2**64, or a list of them")
-        if len(self.seeds) != self.count:
-            raise ValueError(f"{len(self.seeds)} seeds for {self.count} pictures: give a number, or one seed each")
+        for name in ("seed",) if self.subseed is None else ("seed", "subseed"):
+            value = getattr(self, name)
+            each = value if isinstance(value, LISTS) else [value]
+            if not all(is_whole(seed, 0, 2**64 - self.count) for seed in each):
+                raise ValueError(f"{name}={value!r}: give a whole number of 0 or more, below 2**64, or a list of them")
+            listed = len(getattr(self, f"{name}s"))
+            if listed != self.count:
+                raise ValueError(f"{listed} {name}s for {self.count} pictures: give a number, or one {name} each")
+        if self.subseed_strength and self.subseed is None:
+            raise ValueError(f"subseed_strength={self.subseed_strength} without a subseed: give subseed= as well")
+        if self.noise is not None and (self.subseed_strength or self.seed_resize_from is not None):
+            raise ValueError("noise takes the place of what subseed_strength and seed_resize_from vary: leave it out")
         if self.eta and "eta" not in inspect.signature(self.sampler_function).parameters:
             raise ValueError(f"eta={self.eta}: the sampler {self.sampler_name!r} has no eta; use 'ddim', or eta=0")
 
@@ -246,6 +267,11 @@ class Settings:
             raise ValueError(
                 f"tile with enlarge_filter={self.enlarge_filter!r}: tiles are cut out of a picture, use 'lanczos'"
             )
+        parts = [name for name in ("extend", "tile", "padding_mask_crop") if getattr(self, name) is not None]
+        if self.tiling is not None and parts:
+            raise ValueError(
+                f"tiling with {parts[0]}: only a whole picture joins itself at its edges, give one of them"
+            )
         if self.tile is not None and self.padding_mask_crop is not None:
             raise ValueError("tile with padding_mask_crop: the box around the mask is one run, give one of them")
 
@@ -254,6 +280,7 @@ class Settings:
         for i, (prompt, negative, seed) in enumerate(zip(self.texts, self.negative_texts, self.seeds, strict=True)):
             own: dict[str, Any] = {"prompt": prompt, "seed": seed, "batch_size": 1}
             own |= {"negative_prompt": None if self.negative_prompt is None else negative}
+            own |= {"subseed": None if self.subseed is None else self.subseeds[i]}
             for name in ("noise", "latents"):
                 if (value := getattr(self, name)) is not None and len(value) == self.count:
                     own[name] = value[i : i + 1]
@@ -266,26 +293,33 @@ class Settings:
     @property
     def texts(self) -> list[str]:
         """A text for each picture."""
-        return [p for p in self.prompts for _ in range(self.batch_size)]
+        return [p for p in self.prompts for _ in range(self.count // len(self.prompts))]
 
     @property
     def negative_texts(self) -> list[str]:
         """Those of the pictures; empty texts without a negative prompt."""
         if self.negative_prompt is None or isinstance(self.negative_prompt, str):
             return [self.negative_prompt or ""] * self.count
-        return [p for p in self.negative_prompt for _ in range(self.batch_size)]
+        return [p for p in self.negative_prompt for _ in range(self.count // len(self.prompts))]
 
     @property
     def count(self) -> int:
         """Pictures in all."""
+        if len(self.prompts) == self.batch_size == 1 and isinstance(self.seed, LISTS):
+            return max(1, len(self.seed))
         return len(self.prompts) * self.batch_size
 
     @property
     def seeds(self) -> list[int]:
-        """A seed for each picture."""
-        if isinstance(self.seed, (Sequence, np.ndarray)):
-            return [int(seed) for seed in self.seed]
-        return [int(self.seed) + i for i in range(self.count)]
+        """A seed for each picture. Variations of one picture have one."""
+        if self.subseed_strength and not isinstance(self.seed, LISTS):
+            return [int(self.seed)] * self.count
+        return counted(self.seed, self.count)
+
+    @property
+    def subseeds(self) -> list[int]:
+        """A subseed for each picture; none without `subseed`."""
+        return [] if self.subseed is None else counted(self.subseed, self.count)
 
     @property
     def sampler_function(self) -> Sampler:

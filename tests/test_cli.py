@@ -86,6 +86,16 @@ def test_several(pipe, capsys):
     ]
 
 
+def test_a_list_of_seeds(pipe, capsys):
+    main(["--seed", "4,1", "fire", "-o", "x.png", "--steps", "1", "--quiet"])
+    assert capsys.readouterr().out == "x.png\nx-2.png\n"
+    out = pipe("fire", seed=[4, 1], steps=1, progress=False)
+    for name, image, seed in zip(("x.png", "x-2.png"), out.images, "41", strict=True):
+        assert pixels(name) == pixels(image) and f"Seed: {seed}," in Image.open(name).text["parameters"]
+    main(["fire", "-o", "y.png", "--steps", "1", "--subseed", "7,7", "--subseed-strength", "1", "-n", "2"])
+    assert pixels("y.png") == pixels("y-2.png")
+
+
 def test_lora_and_embedding(pipe, tmp_path):
     to_q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     width = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
@@ -153,8 +163,12 @@ def test_every_setting(pipe, capsys):
         "sampler": "ddim",
         "sigmas": "trailing",
         "seed": 9,
+        "subseed": 5,
+        "subseed_strength": 0.3,
+        "seed_resize_from": (32, 64),
         "width": 48,
         "height": 40,
+        "tiling": "both",
         "clip_skip": 2,
         "image": Image.open("in.png"),
         "strength": 0.5,
@@ -247,6 +261,8 @@ def test_help(capsys):
         (["--width", "0"], "ldm: error: width=0"),
         (["--clip-skip", "99"], "ldm: error: clip_skip=99"),
         (["--seed", "-1"], "ldm: error: seed=-1: give a whole number of 0 or more"),
+        (["--seed", "4,,1"], "argument --seed: invalid seeds value: '4,,1'"),
+        (["--tiling", "z"], "argument --tiling: invalid choice: 'z'"),
         (["-n", "0"], "ldm: error: batch_size=0"),
         (["--image", "none.png"], "ldm: error: --image none.png: No such file or directory"),
         (["--image", __file__], "ldm: error: --image "),

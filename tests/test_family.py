@@ -171,11 +171,21 @@ def masked():
     return {"image": image, "mask": mask}, {"image": contiguous(image), "mask_image": mask, **SMALL}
 
 
+def shown(unet, run):
+    """The latents that the net is called with."""
+    inputs = []
+    hook = unet.register_forward_pre_hook(lambda net, arguments: inputs.append(arguments[0]))
+    run()
+    hook.remove()
+    return inputs
+
+
 @pytest.mark.parametrize("kind", ["SD 1 inpainting", "SD 2 inpainting", "SDXL inpainting"])
 class TestInpainting:
     """Models with nine channels, which see the mask and the picture without what it hides."""
 
-    @pytest.mark.parametrize(("sampler", "strength"), [("ddim", 0.6), ("euler", 1.0)])
+    @pytest.mark.parametrize("strength", [0.6, 1.0])
+    @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_negative_prompt(self, made, kind, sampler, strength):
         (pipe, reference), (mine, others) = made(kind, sampler), masked()
         for negative in NEGATIVES:
@@ -188,12 +198,30 @@ class TestInpainting:
         a = ours(pipe, prompt=CAT, negative_prompt=RED, clip_skip=2, strength=1.0, **mine)
         assert_close(a, theirs(reference, strength=1.0, **others, **texts_cut(reference, 2)))
 
-    def test_batch(self, made, kind):
-        (pipe, reference), (mine, others) = made(kind, "euler"), masked()
-        common = {"strength": 0.6, "negative_prompt": ""}
-        a = ours(pipe, [3, 0], prompt=[CAT, RED], **mine, **common)
+    @pytest.mark.parametrize("strength", [0.6, 1.0])
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_batch(self, made, kind, sampler, strength):
+        (pipe, reference), (mine, others) = made(kind, sampler), masked()
+        common = {"strength": strength, "negative_prompt": ""}
+        a = ours(pipe, [3, 0], prompt=[CAT, RED], sampler=sampler, **mine, **common)
         for row, seed, text in zip(a, (3, 0), (CAT, RED), strict=True):
             assert_close(row[None], theirs(reference, seed, prompt=text, **others, **common))
+
+    @pytest.mark.parametrize("strength", [0.6, 1.0])
+    def test_what_the_net_is_shown(self, made, kind, strength):
+        """The official order: 4 channels of noisy latents, the mask, 4 of the picture without what it hides. The noises
+        in the first and the last are of one generator: their draws come in the reference's order."""
+        (pipe, reference), (mine, others) = made(kind, "euler"), masked()
+        common = {"prompt": CAT, "strength": strength}
+        a = shown(pipe.unet, lambda: ours(pipe, 2, **mine, **common))
+        b = shown(reference.unet, lambda: theirs(reference, 2, **others, **common))
+        assert len(a) == len(b) == int(5 * strength)
+        for x, y in zip(a, b, strict=True):
+            assert x.shape == (2, 9, 12, 20) and torch.equal(x[:, 4], y[:, 4])
+            assert_close(x, y)
+        mask = a[0][:, 4]
+        assert (mask[:, 2:9, 4:14] == 1).all() and mask.sum() == 2 * 7 * 10  # half of (8, 4, 28, 18)
+        assert all(torch.equal(x[:, 4:], a[0][:, 4:]) for x in a)
 
     def test_the_comparison_would_see_it(self, made, kind):
         mine, _ = masked()

@@ -1,4 +1,5 @@
-"""SD 2, SDXL and its refiner at full size: each net alone, on random weights that it shares with the reference.
+"""SD 2, SDXL, its refiner and the inpainting models at full size: each net alone, on random weights that it shares with
+the reference.
 
 pytest -m full -s tests/test_full_size_family.py    # 12 GB of memory, 6 minutes on two cores
 """
@@ -23,7 +24,7 @@ from parity import (
 )
 
 from ldm.clip import TextEncoder
-from ldm.models import BIG_G, REFINER, SD2, SDXL
+from ldm.models import BIG_G, REFINER, SD1, SD2, SDXL, inpainting
 from ldm.unet import UNet
 
 TOLERANCE = 1e-4
@@ -33,6 +34,8 @@ UNETS = {  # the model, how many numbers its vector embeds, parameters, modules 
     "SD 2": (SD2, 0, 865_910_724, 525),
     "SDXL": (SDXL, 6, 2_567_463_684, 1441),
     "refiner": (REFINER, 5, 2_259_526_660, 1012),
+    "SD 1 inpainting": (inpainting(SD1), 0, 859_535_364, 525),
+    "SD 2 inpainting": (inpainting(SD2), 0, 865_925_124, 525),
 }
 TEXTS = {  # the config, parameters, modules that are compared
     "ViT-H without its last layer": (SD2.text_encoder, 340_387_840, 256),

@@ -213,6 +213,56 @@ class TestSeeds:
         assert torch.equal(torch.get_rng_state(), before)
 
 
+class TestVariations:
+    """The numbers are test_noise's: here, that they arrive, and that nothing else changes."""
+
+    @pytest.mark.parametrize("settings", [{}, {"sampler": "ddim", "eta": 1.0}, {"strength": 0.6}])
+    def test_strength_0_is_no_variation(self, pipe, picture, settings):
+        settings = {"steps": 3, "batch_size": 2, "progress": False} | settings
+        if "strength" in settings:
+            settings["image"] = picture
+        same = {"subseed": 7, "seed_resize_from": (pipe.size, pipe.size)}
+        assert_identical(pipe(HEART, **settings, **same), pipe(HEART, **settings))
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_strength_1_is_the_subseeds_picture(self, pipe, sampler):
+        settings = {"sampler": sampler, "steps": 3, "batch_size": 2, "progress": False}
+        a = pipe(HEART, seed=3, subseed=7, subseed_strength=1, **settings)
+        assert a.seeds == [3, 3]
+        assert_identical(a, pipe(HEART, seed=7, **settings))
+
+    def test_on_the_way(self, pipe):
+        """From one to the other, each nearer to what it turns to."""
+        xs = [start(pipe, seed=3, subseed=7, subseed_strength=s)[0] for s in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+        distances = [float((x - xs[-1]).norm()) for x in xs]
+        assert distances == sorted(distances, reverse=True) and distances[0] > distances[1] > distances[-1] == 0
+
+    def test_from_an_image(self, pipe, picture):
+        """The same draw of either seed is mixed: the seed itself as the subseed changes nothing."""
+        settings = {"image": picture, "strength": 0.6, "steps": 3, "seed": 3}
+        (plain, sigmas), (same, _) = start(pipe, **settings), start(pipe, subseed=3, subseed_strength=0.5, **settings)
+        assert torch.equal(same, plain)
+        other, _ = start(pipe, subseed=4, subseed_strength=1, **settings)
+        moved = ((other - plain) / sigmas[0]).var()  # of the difference of two independent noises
+        assert abs(moved - 2) < 0.3
+
+    def test_seed_resize(self, pipe):
+        """The small picture's noise in the middle of the large one's, and the other way round."""
+        factor = pipe.vae.config.factor
+        small, large = {"width": 12 * factor, "height": 8 * factor}, {"width": 16 * factor, "height": 18 * factor}
+        (a, _), (b, _) = start(pipe, seed=5, **small), start(pipe, seed=5, **large)
+        (x, _) = start(pipe, seed=5, seed_resize_from=(12 * factor, 8 * factor), **large)
+        assert torch.equal(x[:, :, 5:13, 2:14], a)
+        x[:, :, 5:13, 2:14] = b[:, :, 5:13, 2:14]
+        assert torch.equal(x, b)
+        (x, _) = start(pipe, seed=5, seed_resize_from=(16 * factor, 18 * factor), **small)
+        assert torch.equal(x, b[:, :, 5:13, 2:14])
+
+    def test_seed_resize_refused(self, pipe):
+        with pytest.raises(ValueError, match=f"seed_resize_from 65x64: .* multiples of {pipe.vae.config.factor}"):
+            pipe("", seed_resize_from=(65, 64))
+
+
 def test_given_noise(pipe):
     """Instead of the seed's; the same noise is the same picture."""
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(9))

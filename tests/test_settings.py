@@ -48,7 +48,7 @@ NAN, INF = float("nan"), float("inf")
         ({"crops_coords_top_left": None}, "crops_coords_top_left=None: give two whole numbers"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 negative prompts for 2 prompts"),
         ({"prompt": "a", "negative_prompt": ["c", "d"]}, "2 negative prompts for 1 prompts"),
-        ({"seed": [1, 2]}, "2 seeds for 1 pictures: .* one seed each"),
+        ({"seed": [1, 2], "batch_size": 3}, "2 seeds for 3 pictures: .* one seed each"),
         ({"seed": [1, 2], "prompt": ["a", "b"], "batch_size": 2}, "2 seeds for 4 pictures"),
         ({"seed": []}, "0 seeds for 1 pictures"),
         *[
@@ -56,6 +56,16 @@ NAN, INF = float("nan"), float("inf")
             for s in (None, -1, 1.5, 2**64, "1", [0.5])
         ],
         ({"seed": 2**64 - 1, "batch_size": 2}, "seed=18446744073709551615: "),
+        *[({"subseed": s}, rf"subseed={re.escape(repr(s))}: .* below 2\*\*64") for s in (-1, 1.5, 2**64, "1", [0.5])],
+        ({"subseed": [1, 2]}, "2 subseeds for 1 pictures: .* one subseed each"),
+        *[({"subseed_strength": s, "subseed": 1}, f"subseed_strength={s}: .* from 0 to 1") for s in (-0.1, 1.1, NAN)],
+        ({"subseed_strength": 0.5}, "subseed_strength=0.5 without a subseed: give subseed="),
+        *[({"seed_resize_from": n}, "seed_resize_from=.* two whole numbers of pixels") for n in (64, (0, 64), (64,))],
+        *[
+            ({"noise": torch.zeros(1, 4, 8, 8), **varied}, "noise takes the place of")
+            for varied in ({"subseed": 1, "subseed_strength": 0.5}, {"seed_resize_from": (64, 64)})
+        ],
+        *[({"tiling": t}, f"tiling={t!r}: use 'x', 'y', 'both', or None") for t in ("xy", True, "")],
         ({"sampler": None}, "unknown sampler None"),
         ({"sampler": 3}, "unknown sampler 3"),
         ({"strength": "0.5"}, "strength='0.5': give a number"),
@@ -118,6 +128,9 @@ def test_unknown_keyword():
         {"latents": torch.zeros(1, 4, 16, 16), "mask": PICTURE},
         {"seed": 0},
         {"seed": 2**64 - 1},
+        {"subseed": 2**64 - 1, "subseed_strength": 1},
+        {"seed_resize_from": [64, 48]},
+        {"tiling": "x"},
     ],
     ids=lambda settings: "-".join(settings) or "defaults",
 )
@@ -131,6 +144,22 @@ def test_texts_and_seeds_of_each_picture():
     assert (s.texts, s.negative_texts, s.seeds) == (["a", "a", "b", "b"], ["c", "c", "d", "d"], [7, 8, 9, 10])
     s = Settings("a", negative_prompt="c", batch_size=2, seed=(5, 0))
     assert (s.texts, s.negative_texts, s.seeds) == (["a", "a"], ["c", "c"], [5, 0])
+
+
+@pytest.mark.parametrize("seed", [[3, 8, 11], (3, 8, 11), np.array([3, 8, 11])], ids=["list", "tuple", "array"])
+def test_a_list_of_seeds_says_how_many(seed):
+    s = Settings("a", negative_prompt=["c"], seed=seed)
+    assert (s.count, s.texts, s.negative_texts, s.seeds) == (3, ["a"] * 3, ["c"] * 3, [3, 8, 11])
+
+
+def test_variations_share_the_seed():
+    """And the subseed counts up, as in webui; lists are taken as they are, and strength 0 is no variation."""
+    s = Settings("a", batch_size=3, seed=7, subseed=20, subseed_strength=0.1)
+    assert (s.seeds, s.subseeds) == ([7, 7, 7], [20, 21, 22])
+    s = Settings(["a", "b"], seed=(7, 9), subseed=np.array([4, 4]), subseed_strength=0.1)
+    assert (s.seeds, s.subseeds) == ([7, 9], [4, 4])
+    assert Settings("a", batch_size=3, seed=7, subseed=20).seeds == [7, 8, 9]
+    assert Settings("a").subseeds == []
 
 
 @pytest.mark.parametrize("seed", [np.int64(3), [np.int64(3)], np.array([3])], ids=["scalar", "list", "array"])
@@ -161,6 +190,15 @@ def test_parameters_that_need_not_be_written():
         f"a\n{line}, Denoising strength: 0.5"
     )
     assert parameters(Settings("a", clip_skip=2), 0, (64, 64), "m") == f"a\n{line}, Clip skip: 2"
+
+
+def test_parameters_of_variations():
+    s = Settings("a", batch_size=2, seed=3, subseed=8, subseed_strength=0.25, seed_resize_from=(48, 64), tiling="both")
+    written = (
+        "Seed: 3, Size: 64x64, Model: m, Variation seed: 9, Variation seed strength: 0.25, Seed resize from: 48x64"
+    )
+    assert parameters(s, 1, (64, 64), "m").endswith(f"{written}, Tiling: True")
+    assert parameters(Settings("a", subseed=8, tiling="x"), 0, (64, 64), "m").endswith("Model: m, Tiling: x")
 
 
 def test_parameters_count_the_steps_of_a_tensor():
