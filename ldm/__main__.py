@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
-from ldm.image import FORMATS, QUALITY, check_format, open_picture, save
+from ldm.image import FORMATS, QUALITY, check_format, open_picture, save, to_rgb
 from ldm.inspection import inspect
 from ldm.parameters import parameters, read, split
 from ldm.pipeline import Pipeline
@@ -50,7 +50,7 @@ def save_free(
     return name
 
 
-def save_all(images: list[Image.Image], texts: list[str], a: argparse.Namespace) -> None:
+def save_all(images: list[Image.Image], texts: list[str], a: argparse.Namespace) -> list[Path]:
     """Save pictures and print their names; with --force the first over what the output was."""
     saved: list[Path] = []
     for image, text in zip(images, texts, strict=True):
@@ -65,6 +65,7 @@ def save_all(images: list[Image.Image], texts: list[str], a: argparse.Namespace)
             kept = f"; saved before it: {', '.join(map(str, saved))}" if saved else ""
             raise ValueError(f"output {a.output} cannot be written: {reason}{kept}") from error
         print(saved[-1], flush=True)
+    return saved
 
 
 def open_image(option: str, file: Path | None) -> Image.Image | None:
@@ -171,7 +172,8 @@ def info(a: argparse.Namespace) -> None:
         print(f"{'not in the command':<24}{problem}")
     if made.count > 1:
         print(f"{'picture':<24}{made.index + 1} of the {made.count} that the command makes")
-    print(f"{'command':<24}{made.command}")
+    output = a.file if a.file.suffix.lower() in FORMATS else Path("out.png")
+    print(f"{'command':<24}{made.command(output)}")
 
 
 def replay(a: argparse.Namespace) -> None:
@@ -184,13 +186,15 @@ def replay(a: argparse.Namespace) -> None:
     if made.made_with != HERE:
         print(f"ldm: warning: made with {made.made_with}, this is {HERE}: pixels may differ", file=sys.stderr)
     made.check_files()
-    again = generate_parser().parse_args([*made.argv, "-o", str(a.output or a.file)] + ["--force"] * a.force)
-    again.quiet = a.quiet
+    again = generate_parser().parse_args(made.argv)
+    again.output, again.force, again.quiet = a.output or a.file, a.force, a.quiet
     if a.force and again.output.resolve() == a.file.resolve():
         raise ValueError(f"output {again.output}: it is the picture to replay, give another name")
     check_output(again)
     images, texts = draw(again)
-    save_all(images[made.index : made.index + 1], texts[made.index : made.index + 1], again)
+    (saved,) = save_all([images[made.index]], [texts[made.index]], again)
+    if to_rgb(open_picture(saved)).tobytes() != to_rgb(open_picture(a.file)).tobytes():
+        print(f"ldm: warning: the pixels are not those of {a.file}", file=sys.stderr)
 
 
 def inspect_(a: argparse.Namespace) -> None:

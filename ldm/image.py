@@ -16,7 +16,7 @@ EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
 
 def open_picture(file: Path) -> Image.Image:
-    """A picture that is to be used, read to its end: what is wrong with a file is said here and not later.
+    """A picture that is to be used, upright and read to its end: what is wrong with a file is said here, not later.
 
     Of an animation, or a file of several pages, it is the first frame, with a warning. Raises ValueError for what
     cannot be read, is no picture, is damaged, or has more pixels than Pillow takes for harmless: twice
@@ -32,6 +32,7 @@ def open_picture(file: Path) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             image.load()
             frames = getattr(image, "n_frames", 1)
+            ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError as error:
         raise ValueError(f"{file}: not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ldm
 from ldm.parameters import is_ours, name_of, parse, split
@@ -16,6 +17,7 @@ from ldm.samplers import SAMPLERS
 
 WHOLE = 1 << 26  # bytes: larger files are models, of which a fingerprint takes samples
 INPUTS = ("image", "mask", "model", "vae", "refiner")
+REPEATED = ("lora", "embedding")
 # Fields that tell about the picture and are no options.
 TOLD = {"size", "model_name", "refiner_name", "version", "torch", "files", "batch_pos"}
 TOLD |= {"model_hash", "vae_hash", "lora_hashes", "ti_hashes", "hashes"}  # webui's
@@ -69,10 +71,9 @@ class Recipe:
     made_with: str | None
     problems: list[str]
 
-    @property
-    def command(self) -> str:
+    def command(self, output: Path) -> str:
         """For a shell, on one line."""
-        return " ".join(map(shell_quote, ["ldm", "generate", *self.argv]))
+        return " ".join(map(shell_quote, ["ldm", "generate", f"--output={output}", *self.argv]))
 
     def check_files(self) -> None:
         """Raises ValueError for an input file that is gone, or not what it was."""
@@ -110,6 +111,10 @@ def spelled(key: str, value: Any, action: argparse.Action) -> list[str]:
         return [option for option in action.option_strings if option.startswith("--no-") != value][:1]
     if action.nargs == 0:
         return [action.option_strings[0]] if value == action.const else []
+    if isinstance(value, Tensor):
+        raise ValueError("a tensor, which only Python can give")
+    if isinstance(value, tuple) and action.nargs is None and key not in REPEATED:
+        raise ValueError("a list, which only Python can give")
     option = max(action.option_strings, key=len)
     if key == "lora":
         words = [[f"{path}:{scale!r}"] for path, scale in value]
@@ -120,10 +125,10 @@ def spelled(key: str, value: Any, action: argparse.Action) -> list[str]:
     else:
         words = [[str(part) for part in value]]
     for word in chain(*words):
+        if action.choices is not None and word not in action.choices:
+            raise ValueError(f"not among {', '.join(action.choices)}")
         if callable(action.type):
             action.type(word)
-        if action.choices is not None and word not in action.choices:
-            raise ValueError(f"{word!r} is none of {', '.join(action.choices)}")
     # A word that begins with a hyphen would be taken for an option.
     return [*chain(*([f"{option}={w[0]}"] if len(w) == 1 and w[0].startswith("-") else [option, *w] for w in words))]
 
@@ -140,7 +145,7 @@ def recipe(text: str, parser: argparse.ArgumentParser) -> Recipe:
         if key in TOLD or key == "prompt" or (key in actions and value == actions[key].default):
             continue
         if key not in actions:
-            problems.append(f"{name}: {said} (no option of this version)")
+            problems.append(f"{name}: {said} (this version has no such option)")
         elif isinstance(value, str) and value.startswith("<") and value.endswith(">"):
             problems.append(f"{name}: {said} (given from Python, which no text holds)")
         elif key == "sampler" and value not in SAMPLERS:
