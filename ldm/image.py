@@ -4,6 +4,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,19 +112,23 @@ def check_format(file: Path, quality: int | None = None, max_bytes: int | None =
         raise ValueError(f"quality={quality} with max_bytes={max_bytes}, which looks for the quality: give one of them")
     if quality is not None and suffix == ".png":
         raise ValueError(f"quality={quality}: PNG has none, it keeps every pixel; give a .jpg, .webp or .avif, or none")
-    if quality is not None and not 1 <= quality <= 100:
+    if quality is not None and not (isinstance(quality, int) and 1 <= quality <= 100):
         raise ValueError(f"quality={quality}: give a whole number from 1 to 100")
-    if max_bytes is not None and max_bytes < 1:
+    if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes >= 1):
         raise ValueError(f"max_bytes={max_bytes}: give a whole number of bytes, at least 1")
     return FORMATS[suffix]
 
 
 def encode(image: Image.Image, format: str, parameters: str, quality: int = QUALITY) -> bytes:
-    """The bytes of a file. PNG has no quality."""
+    """The bytes of a file. PNG has no quality. JPEG keeps all of the colour (4:4:4) from quality 90 on: for the same
+    bytes that is as close at 512 pixels and 3 dB closer at 64, where below it is farther at 512."""
     info, exif = PngImagePlugin.PngInfo(), Image.Exif()
     info.add_text("parameters", parameters)
     exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}  # as webui
-    file, options = io.BytesIO(), {"pnginfo": info} if format == "PNG" else {"exif": exif, "quality": quality}
+    options: dict[str, Any] = {"pnginfo": info} if format == "PNG" else {"exif": exif, "quality": quality}
+    if format == "JPEG" and quality >= 90:
+        options["subsampling"] = "4:4:4"
+    file = io.BytesIO()
     try:
         image.save(file, format, **options)
     except (OSError, RuntimeError, ValueError) as error:

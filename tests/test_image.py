@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, JpegImagePlugin, features
 
 import ldm.image
 from ldm.image import (
@@ -274,6 +274,13 @@ def test_quality(tmp_path, suffix):
     assert file.stat().st_size == sizes[2]  # 90 is the default
 
 
+def test_the_colour_of_a_jpeg(tmp_path):
+    for quality, sampling in ((89, 2), (90, 0), (None, 0)):  # 4:2:0 and 4:4:4
+        save(photograph(), tmp_path / "a.jpg", "", quality)
+        with Image.open(tmp_path / "a.jpg") as read:
+            assert JpegImagePlugin.get_sampling(read) == sampling
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".webp", ".avif"])
 def test_the_best_quality_that_fits(tmp_path, suffix):
     """Beside all hundred of them: what is returned fits, and the quality above it does not."""
@@ -320,6 +327,8 @@ def test_a_png_fits_or_does_not(tmp_path):
         ("a.png", {"quality": 90}, "quality=90: PNG has none"),
         ("a.jpg", {"quality": 0}, "quality=0: give a whole number from 1 to 100"),
         ("a.jpg", {"quality": 101}, "quality=101: "),
+        ("a.jpg", {"quality": 85.5}, "quality=85.5: "),
+        ("a.jpg", {"max_bytes": 1e4}, "max_bytes=10000.0: "),
         ("a.jpg", {"max_bytes": 0}, "max_bytes=0: "),
         ("a.jpg", {"quality": 90, "max_bytes": 1000}, "quality=90 with max_bytes=1000, .* give one of them"),
         ("a.jpg", {"parameters": "x" * 40000}, r"JPEG cannot hold 48x48 pixels .* with 40000 characters .*too long"),

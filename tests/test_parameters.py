@@ -172,7 +172,7 @@ SINGLE = st.builds(
 
 @given(SINGLE, st.integers(0, 3), st.sampled_from([".png", ".jpg", ".webp", ".avif"]))
 @example(Later("null", tiling="null", masked_content="1e5"), 0, ".png")
-@hypothesis_settings(deadline=None, max_examples=300)
+@hypothesis_settings(deadline=None, max_examples=150)
 def test_any_settings_come_back(tmp_path_factory, s, index, suffix):
     index %= s.batch_size
     text = written(s, index)
@@ -205,7 +205,7 @@ def test_numbers_of_numpy():
 
 
 @given(st.text() | st.from_regex(module.FIELD))
-@hypothesis_settings(deadline=None, max_examples=300)
+@hypothesis_settings(deadline=None, max_examples=150)
 @example("a\nSteps: 1, Seed: 2, Schedule type: {}, Sampler: []")
 @example("a\nSteps: x, Seed: null, Size: 3, Lora: 5, TI: [], Files: 3, Version: ldm 9")
 @example("a\nSteps: 1, Seed: 2, x1: " + "[" * 100000)
