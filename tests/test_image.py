@@ -452,6 +452,12 @@ def test_damaged_files(tmp_path, format):
     assert refused >= 50  # all of the shorter ones, but for ends that do not matter
 
 
+def test_damaged_exif(tmp_path):
+    file = saved(tmp_path, photograph(), "PNG", exif=b"Exif\0\0XX\0*\0\0\0\x08")
+    with pytest.raises(ValueError, match=r"in.PNG: the image is damaged or cut off"):
+        open_picture(file)
+
+
 def test_1_pixel(tmp_path):
     assert pixels(to_rgb(open_picture(saved(tmp_path, Image.new("RGB", (1, 1), RED), "PNG")))) == [RED]
 
@@ -500,5 +506,7 @@ def test_a_turned_photograph(tmp_path):
     exif, stored = Image.Exif(), photograph().crop((0, 0, 32, 16))
     exif[0x0112] = 6
     for format in ("TIFF", "PNG"):
-        read = to_rgb(open_picture(saved(tmp_path, stored, format, exif=exif)))
+        opened = open_picture(saved(tmp_path, stored, format, exif=exif))
+        assert opened.size == (16, 32)  # which is asked before the pixels are
+        read = to_rgb(opened)
         assert np.array_equal(read, stored.transpose(Image.Transpose.ROTATE_270))

@@ -273,6 +273,7 @@ def test_what_webui_can_and_this_version_cannot():
 
 def test_a_prompt_alone():
     assert split("a cat: black, Steps: 3\nand white") == ("a cat: black, Steps: 3\nand white", None, {})
+    assert split("a\nthe cat: black, Steps: 3") == ("a\nthe cat: black, Steps: 3", None, {})
     assert recipe("a cat", generate_parser()).argv == ["a cat"]
 
 
@@ -297,7 +298,7 @@ OPTIONS = {
     "model": ["--model", "a, b: c.safetensors"],
     "revision": ["--model", "owner/name", "--revision", "main"],
     "vae": ["--vae", "7"],
-    "lora": ["--lora", "a, b: c.safetensors:0.1", "--lora", "b:2", "--lora", "7:-1"],
+    "lora": ["--lora", "a, b: c.safetensors:0.30000000000000004", "--lora", "b:2", "--lora", "7:-1"],
     "embedding": ["--embedding", "word=7", "--embedding", "a, b: c.safetensors"],
     "refiner": ["--refiner", "a, b: c.safetensors"],
     "refiner_start": ["--refiner", "7", "--refiner-start", "0.1"],
