@@ -157,10 +157,13 @@ def recipe(text: str, parser: argparse.ArgumentParser) -> Recipe:
                 argv += spelled(key, value, actions[key])
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
                 problems.append(f"{name}: {said} ({error})")
-    prompt = values["prompt"]
+    prompt, index, count = values["prompt"], values.get("batch_pos", 0), values.get("batch_size", 1)
     if not isinstance(prompt, str):
-        problems.append(f"Prompts: {len(prompt)} (a list, which only Python can give)")
+        problems.append(f"Prompts: {listed['Prompts']} (a list, which only Python can give)")
         prompt = split(text)[0]
+    elif not (isinstance(index, int) and isinstance(count, int) and 0 <= index < count):
+        problems.append(f"Batch pos: {index} (not in a batch of {count})")
+        index, count = 0, 1
     if not ours:
         if "Model" in listed:
             problems.append(f"Model: {listed['Model']} (where it is here is for you to say, --model FILE)")
@@ -168,11 +171,11 @@ def recipe(text: str, parser: argparse.ArgumentParser) -> Recipe:
             problems.append("the picture it started from (not in the text, --image FILE)")
         if "<lora:" in prompt:
             problems.append("<lora:...> in the prompt (given here as --lora FILE:SCALE)")
-    index, files = values.get("batch_pos"), values.get("files")
+    files = values.get("files")
     return Recipe(
         [*argv, "--", prompt] if prompt.startswith("-") else [prompt, *argv],
-        index if isinstance(index, int) else 0,
-        values.get("batch_size", 1),
+        index,
+        count,
         files if isinstance(files, dict) else {},
         made_with(values["version"], values.get("torch")) if ours else None,
         problems,

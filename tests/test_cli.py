@@ -425,7 +425,7 @@ def test_replay_of_what_cannot_be(capsys):
     assert f"{'not in the command':<24}Sampler: Restart (not among ddim, euler" in said
     assert "ldm generate --output=webui.jpg a --steps 5 --guidance-scale 7 --seed 1 --width 8 --height 8" in said
     save(image, Path("python.png"), parameters(ldm.Settings(["a", "b"]), 1, (8, 8), "m"))
-    assert "no command makes it again: Prompts: 2 (a list" in fails(capsys, "replay", "python.png")
+    assert 'no command makes it again: Prompts: ["a", "b"] (a list' in fails(capsys, "replay", "python.png")
     image.save("plain.png")
     Path("text.png").write_text("no picture")
     for verb in ("info", "replay"):

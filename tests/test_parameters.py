@@ -83,7 +83,7 @@ def test_lists():
     assert Settings(**back).seeds == s.seeds and Settings(**back).texts == s.texts
     assert sorted(recipe(text, generate_parser()).problems) == [
         "Negative prompt: ('', 'x') (a list, which only Python can give)",
-        "Prompts: 2 (a list, which only Python can give)",
+        'Prompts: ["a", "b, c"] (a list, which only Python can give)',
         "Seed: 2 (a list, which only Python can give)",
         "Sigmas: [0.10000000149011612, 0.009999999776482582, 0.0] (a tensor, which only Python can give)",
     ]
@@ -208,9 +208,13 @@ def test_numbers_of_numpy():
 @hypothesis_settings(deadline=None, max_examples=150)
 @example("a\nSteps: 1, Seed: 2, Schedule type: {}, Sampler: []")
 @example("a\nSteps: x, Seed: null, Size: 3, Lora: 5, TI: [], Files: 3, Version: ldm 9")
+@example("a\nSteps: 1, Seed: 2, Prompts: 3, Negative prompts: {}")
+@example("a\nSteps: 1, Seed: 2, Batch pos: 3, Batch size: x")
+@example("a\nSteps: 1, Seed: 2, Batch pos: 3")
 @example("a\nSteps: 1, Seed: 2, x1: " + "[" * 100000)
 def test_any_text_is_read(text):
     made = recipe(text, generate_parser())
+    assert 0 <= made.index < made.count
     generate_parser().parse_args(made.argv)
 
 
