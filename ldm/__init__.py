@@ -5,4 +5,6 @@ from ldm.pipeline import Output, Pipeline
 from ldm.samplers import SAMPLERS
 from ldm.settings import Settings
 
+__version__ = "0.1.0"
+
 __all__ = ["SAMPLERS", "Output", "Pipeline", "Settings", "inspect"]

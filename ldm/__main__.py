@@ -1,8 +1,10 @@
 """The command line: `ldm "a red heart" -o heart.png` is short for `ldm generate "a red heart" -o heart.png`."""
 
 import argparse
+import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import chain, count
 from pathlib import Path
@@ -13,10 +15,11 @@ from PIL import Image
 
 from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
-from ldm.image import save_png
+from ldm.image import FORMATS, QUALITY, check_format, open_picture, save, to_rgb
 from ldm.inspection import inspect
-from ldm.parameters import parameters
+from ldm.parameters import parameters, read, split
 from ldm.pipeline import Pipeline
+from ldm.replay import HERE, options_of, recipe
 from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
 from ldm.settings import CHOICES, Settings
 from ldm.verify import HEADER, line, matches, verify
@@ -24,27 +27,58 @@ from ldm.verify import HEADER, line, matches, verify
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def save(image: Image.Image, file: Path, text: str) -> Path:
-    """Save as `file` if that is free, else as heart-2.png, heart-3.png, ...: nobody's picture is written over."""
+def free_name(file: Path) -> Path:
+    """`file` if that is free, else heart-2.png, heart-3.png, ...: an empty file that is ours from here on, whoever else
+    looks for a name."""
     for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
-        try:
-            name.touch(exist_ok=False)  # ours from here on, whoever else looks for a name
-            break
-        except FileExistsError:
-            continue
+        with suppress(FileExistsError):
+            name.touch(exist_ok=False)
+            return name
+    raise AssertionError("there are infinitely many names")
+
+
+def save_free(
+    image: Image.Image, file: Path, text: str, quality: int | None = None, max_bytes: int | None = None
+) -> Path:
+    """Save as `file` or, if there is one, under the next free name: nobody's picture is written over."""
+    name = free_name(file)
     try:
-        save_png(image, name, text)
+        save(image, name, text, quality, max_bytes)
     except BaseException:
         name.unlink()
         raise
     return name
 
 
+def save_all(images: list[Image.Image], texts: list[str], a: argparse.Namespace) -> list[Path]:
+    """Save pictures and print their names; with --force the first over what the output was."""
+    saved: list[Path] = []
+    for image, text in zip(images, texts, strict=True):
+        try:
+            if a.force and not saved:
+                save(image, a.output, text, a.quality, a.max_bytes)
+                saved.append(a.output)
+            else:
+                saved.append(save_free(image, a.output, text, a.quality, a.max_bytes))
+        except (OSError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            kept = f"; saved before it: {', '.join(map(str, saved))}" if saved else ""
+            raise ValueError(f"output {a.output} cannot be written: {reason}{kept}") from error
+        print(saved[-1], flush=True)
+    return saved
+
+
 def open_image(option: str, file: Path | None) -> Image.Image | None:
     try:
-        return None if file is None else Image.open(file)
-    except OSError as error:
-        raise ValueError(f"{option} {file}: {error.strerror or 'not an image that Pillow can read'}") from error
+        return None if file is None else open_picture(file)
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
+
+
+def number_of_bytes(text: str) -> int:
+    """200000, 200k or 0.2M: thousands and millions."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("k", "M") else (text, "")
+    return round(float(number) * {"": 1, "k": 1000, "M": 1000000}[unit])
 
 
 def scaled(text: str) -> tuple[Path, float]:
@@ -68,51 +102,26 @@ def seeds(text: str) -> int | list[int]:
     return numbers if "," in text else numbers[0]
 
 
-def generate(a: argparse.Namespace) -> None:
-    """Make pictures from a prompt, and perhaps from a picture."""
-    if a.output.suffix.lower() != ".png":
-        raise ValueError(f"output {a.output}: give a name that ends in .png")
-    if not a.output.resolve().parent.is_dir():
-        raise ValueError(f"output {a.output}: the folder {a.output.resolve().parent} does not exist, make it first")
+def check_output(a: argparse.Namespace) -> None:
+    """What can be known before the work of drawing."""
+    check_format(a.output, a.quality, a.max_bytes)
+    folder = a.output.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"output {a.output}: the folder {folder} does not exist, make it first")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"output {a.output}: the folder {folder} cannot be written to, give another")
+    if a.force and a.output.is_dir():
+        raise ValueError(f"output {a.output}: it is a folder, give another name")
+
+
+def draw(a: argparse.Namespace) -> tuple[list[Image.Image], list[str]]:
+    """The pictures of `ldm generate`, and the text about each."""
+    names = {field.name for field in fields(Settings)} & set(vars(a)) - {"image", "mask", "refiner", "emphasis"}
     settings = Settings(
-        a.prompt,
-        negative_prompt=a.negative_prompt,
-        steps=a.steps,
-        guidance_scale=a.guidance_scale,
-        sampler=a.sampler,
-        sigmas=a.sigmas,
-        seed=a.seed,
-        subseed=a.subseed,
-        subseed_strength=a.subseed_strength,
-        seed_resize_from=a.seed_resize_from,
+        **{name: getattr(a, name) for name in names},
         batch_size=a.n,
-        width=a.width,
-        height=a.height,
-        tiling=a.tiling,
-        clip_skip=a.clip_skip,
         image=open_image("--image", a.image),
-        strength=a.strength,
-        strength_rule=a.strength_rule,
         mask=open_image("--mask", a.mask),
-        mask_blur=a.mask_blur,
-        masked_content=a.masked_content,
-        blend=a.blend,
-        paste_back=a.paste_back,
-        padding_mask_crop=a.padding_mask_crop,
-        extend=a.extend,
-        extend_fill=a.extend_fill,
-        enlarge=a.enlarge,
-        enlarge_filter=a.enlarge_filter,
-        tile=a.tile,
-        tile_overlap=a.tile_overlap,
-        eta=a.eta,
-        guidance_rescale=a.guidance_rescale,
-        original_size=a.original_size,
-        crops_coords_top_left=a.crops_coords_top_left,
-        target_size=a.target_size,
-        aesthetic_score=a.aesthetic_score,
-        negative_aesthetic_score=a.negative_aesthetic_score,
-        refiner_start=a.refiner_start,
         emphasis=None if a.emphasis == "off" else a.emphasis,
     )
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
@@ -128,16 +137,53 @@ def generate(a: argparse.Namespace) -> None:
         for reader in (pipe, settings.refiner):
             if reader is not None:
                 reader.load_embedding(file, word)
-    extra = {} if a.dtype == "float32" else {"Precision": a.dtype}
-    files = {"VAE": a.vae, "Init image": a.image, "Mask": a.mask}
-    extra |= {key: Path(file).name for key, file in files.items() if file}
-    extra |= {"Lora": ", ".join(f"{file.stem}: {scale:g}" for file, scale in a.lora)} if a.lora else {}
-    extra |= {"TI": ", ".join(word or file.stem for word, file in a.embedding)} if a.embedding else {}
-    extra |= {"Revision": a.revision} if a.revision else {}
-    extra |= {"Prediction type": a.prediction_type} if a.prediction_type else {}
+    options = options_of(a, generate_parser().parse_args([""]))
     out = pipe.run(settings, progress=not a.quiet)
-    for i, image in enumerate(out.images):
-        print(save(image, a.output, parameters(settings, i, image.size, pipe.name, extra)))
+    return out.images, [parameters(settings, i, im.size, pipe.name, options) for i, im in enumerate(out.images)]
+
+
+def generate(a: argparse.Namespace) -> None:
+    """Make pictures from a prompt, and perhaps from a picture."""
+    check_output(a)
+    save_all(*draw(a), a)
+
+
+def info(a: argparse.Namespace) -> None:
+    """Say how a picture was made, of ldm's and of webui's, and the command that makes it again."""
+    image, text = open_picture(a.file), read(a.file)
+    prompt, negative, listed = split(text)
+    made = recipe(text, generate_parser())
+    rows = {"file": a.file, "format": f"{image.format}, {image.width}x{image.height}", "prompt": prompt}
+    rows |= {"negative prompt": negative} if negative is not None else {}
+    for name, value in (rows | listed).items():
+        print(f"{name:<24}" + str(value).replace("\n", "\n" + 24 * " "))
+    for problem in made.problems:
+        print(f"{'not in the command':<24}{problem}")
+    if made.count > 1:
+        print(f"{'picture':<24}{made.index + 1} of the {made.count} that the command makes")
+    output = a.file if a.file.suffix.lower() in FORMATS else Path("out.png")
+    print(f"{'command':<24}{made.command(output)}")
+
+
+def replay(a: argparse.Namespace) -> None:
+    """Make a picture again from the settings in its file, bitwise the same on the same machine and versions."""
+    made = recipe(read(a.file), generate_parser())
+    if made.made_with is None:
+        raise ValueError(f"{a.file}: not made by ldm; `ldm info {a.file}` prints the command that comes nearest")
+    if made.problems:
+        raise ValueError(f"{a.file}: no command makes it again: {'; '.join(made.problems)}")
+    if made.made_with != HERE:
+        print(f"ldm: warning: made with {made.made_with}, this is {HERE}: pixels may differ", file=sys.stderr)
+    made.check_files()
+    again = generate_parser().parse_args(made.argv)
+    again.output, again.force, again.quiet = a.output or a.file, a.force, a.quiet
+    if a.force and again.output.resolve() == a.file.resolve():
+        raise ValueError(f"output {again.output}: it is the picture to replay, give another name")
+    check_output(again)
+    images, texts = draw(again)
+    (saved,) = save_all([images[made.index]], [texts[made.index]], again)
+    if to_rgb(open_picture(saved)).tobytes() != to_rgb(open_picture(a.file)).tobytes():
+        print(f"ldm: warning: the pixels are not those of {a.file}", file=sys.stderr)
 
 
 def inspect_(a: argparse.Namespace) -> None:
@@ -176,6 +222,13 @@ def verify_(a: argparse.Namespace) -> None:
     print(f"these weights give the outputs recorded from {' and '.join(names)}")
 
 
+def generate_parser() -> argparse.ArgumentParser:
+    """Of what follows `ldm generate`."""
+    p = argparse.ArgumentParser(prog="ldm generate")
+    generate_arguments(p)
+    return p
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="ldm", description=__doc__, epilog="`ldm VERB --help` lists a verb's arguments")
     verbs = top.add_subparsers(dest="verb", required=True)
@@ -203,6 +256,17 @@ def verify_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
+def info_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("file", type=Path, help="a picture")
+
+
+def replay_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("file", type=Path, help="a picture that ldm made")
+    p.add_argument("-o", "--output", type=Path, help="default: FILE's name with a number")
+    p.add_argument("--force", action="store_true", help="write over the output if it exists, though never over FILE")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def choice(name: str) -> dict[str, Any]:
     """argparse's options for a setting that is one of a few words."""
     default = {field.name: field.default for field in fields(Settings)}[name]
@@ -212,7 +276,16 @@ def choice(name: str) -> dict[str, Any]:
 def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompt", help="what to draw")
     p.add_argument(
-        "-o", "--output", type=Path, default=Path("out.png"), help="PNG file; a number is added if it exists"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        help=f"a name that ends in {', '.join(FORMATS)}; a number is added if it exists",
+    )
+    p.add_argument("--force", action="store_true", help="write over the output if it exists")
+    p.add_argument("--quality", type=int, metavar="Q", help=f"of JPEG, WebP, AVIF: 1 to 100 (default {QUALITY})")
+    p.add_argument(
+        "--max-bytes", type=number_of_bytes, metavar="SIZE", help="the best quality that fits, e.g. 200k for 200,000"
     )
     p.add_argument("-n", type=int, default=1, metavar="COUNT", help="pictures, with seeds SEED, SEED+1, ...")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
@@ -286,6 +359,8 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
 
 VERBS = {
     generate: generate_arguments,
+    info: info_arguments,
+    replay: replay_arguments,
     inspect_: inspect_arguments,
     convert_: convert_arguments,
     verify_: verify_arguments,

@@ -1,12 +1,49 @@
-"""Pictures: PIL images to tensors and back, and PNG files that carry their settings."""
+"""Pictures: PIL images to tensors and back, and files that carry their settings."""
 
+import io
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
+QUALITY = 90  # of the formats that have one, unless somebody says
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture that is to be used, upright and read to its end: what is wrong with a file is said here, not later.
+
+    Of an animation, or a file of several pages, it is the first frame, with a warning. Raises ValueError for what
+    cannot be read, is no picture, is damaged, or has more pixels than Pillow takes for harmless: twice
+    `PIL.Image.MAX_IMAGE_PIXELS`, 179 million.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but within the limit
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            frames = getattr(image, "n_frames", 1)
+            ImageOps.exif_transpose(image, in_place=True)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file}: not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(f"{file}: more than {limit} pixels, which is taken for an attack: make it smaller") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything for damaged files
+        raise ValueError(f"{file}: the image is damaged or cut off ({error})") from error
+    if frames > 1 and image.format != "MPO":  # which is a camera's JPEG with previews
+        warnings.warn(f"{file} has {frames} frames: the first is used", stacklevel=2)
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -59,13 +96,103 @@ def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
     return torch.nn.functional.interpolate(values, size=(height, width), mode="nearest")
 
 
-def save_png(image: Image.Image, file: Path, parameters: str) -> None:
-    """Write `image` with the text chunk "parameters", over what `file` was. It appears whole or not at all."""
-    info = PngImagePlugin.PngInfo()
+def read_text(image: Image.Image) -> str | None:
+    """The text that `save` or another program left in an opened file: PNG's "parameters", else EXIF's UserComment."""
+    text = image.info.get("parameters")
+    if isinstance(text, str):
+        return text
+    comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    if isinstance(comment, str):  # what Pillow makes of the type ASCII, which is wrong here but seen
+        return comment.removeprefix("ASCII").strip("\0") or None
+    if not comment:
+        return None
+    code, body = comment[:8], comment[8:]
+    if code != b"UNICODE\0":
+        return (body if code in (b"ASCII\0\0\0", bytes(8)) else comment).decode("utf-8", "replace").strip("\0") or None
+    if body[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return body.decode("utf-16", "replace")
+    # EXIF leaves the order open. Settings hold English words, whose zeros are the high bytes.
+    little = body[1::2].count(0) > body[::2].count(0)
+    return body.decode("utf-16-le" if little else "utf-16-be", "replace").rstrip("\0")
+
+
+def check_format(file: Path, quality: int | None = None, max_bytes: int | None = None) -> str:
+    """Pillow's name of the format that the suffix of `file` asks for. Raises ValueError as `save` does."""
+    suffix = file.suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"output {file}: give a name that ends in {', '.join(FORMATS)}")
+    if suffix in (".avif", ".webp") and not features.check(suffix[1:]):
+        raise ValueError(f"output {file}: this Pillow was built without {suffix[1:]}, give a name that ends in .png")
+    if quality is not None and max_bytes is not None:
+        raise ValueError(f"quality={quality} with max_bytes={max_bytes}, which looks for the quality: give one of them")
+    if quality is not None and suffix == ".png":
+        raise ValueError(f"quality={quality}: PNG has none, it keeps every pixel; give a .jpg, .webp or .avif, or none")
+    if quality is not None and not (isinstance(quality, int) and 1 <= quality <= 100):
+        raise ValueError(f"quality={quality}: give a whole number from 1 to 100")
+    if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes >= 1):
+        raise ValueError(f"max_bytes={max_bytes}: give a whole number of bytes, at least 1")
+    return FORMATS[suffix]
+
+
+def encode(image: Image.Image, format: str, parameters: str, quality: int = QUALITY) -> bytes:
+    """The bytes of a file. PNG has no quality. JPEG keeps all of the colour (4:4:4) from quality 90 on: for the same
+    bytes that is as close at 512 pixels and 3 dB closer at 64, where below it is farther at 512."""
+    info, exif = PngImagePlugin.PngInfo(), Image.Exif()
     info.add_text("parameters", parameters)
+    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}  # as webui
+    options: dict[str, Any] = {"pnginfo": info} if format == "PNG" else {"exif": exif, "quality": quality}
+    if format == "JPEG" and quality >= 90:
+        options["subsampling"] = "4:4:4"
+    file = io.BytesIO()
+    try:
+        image.save(file, format, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{format} cannot hold {image.width}x{image.height} pixels of mode {image.mode} with {len(parameters)}"
+            f" characters about them ({error}): PNG can, of an RGB picture"
+        ) from error
+    return file.getvalue()
+
+
+def encode_within(image: Image.Image, format: str, parameters: str, max_bytes: int) -> bytes:
+    """The best quality, 1 to 100, that fits, by bisection: all of `max_bytes` counts, the settings too.
+
+    Sizes do not always grow with the quality: what is returned fits, and the next quality does not, but a higher one
+    still may.
+    """
+    fits, too_much = encode(image, format, parameters, 1), 101
+    if len(fits) > max_bytes:
+        least = "as PNG" if format == "PNG" else "at the lowest quality"
+        raise ValueError(f"max_bytes={max_bytes}: the picture and its settings take {len(fits)} bytes {least}")
+    quality = 1 if format != "PNG" else 100
+    while too_much - quality > 1:
+        middle = (quality + too_much) // 2
+        data = encode(image, format, parameters, middle)
+        if len(data) <= max_bytes:
+            quality, fits = middle, data
+        else:
+            too_much = middle
+    return fits
+
+
+def save(
+    image: Image.Image, file: Path, parameters: str, quality: int | None = None, max_bytes: int | None = None
+) -> None:
+    """Write an RGB `image` over what `file` was, in the format of its suffix: .png, .jpg, .jpeg, .webp or .avif.
+
+    It appears whole or not at all. parameters: the text about it, as webui keeps it: in PNG the text chunk
+    "parameters", else EXIF's UserComment. quality: 1 to 100, `QUALITY` unless given, with Pillow's other settings.
+    max_bytes: the best quality that fits, see `encode_within`. Raises ValueError for what the format cannot do, and
+    OSError where the file cannot be written.
+    """
+    format = check_format(file, quality, max_bytes)
+    if max_bytes is None:
+        data = encode(image, format, parameters, QUALITY if quality is None else quality)
+    else:
+        data = encode_within(image, format, parameters, max_bytes)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        image.save(part, format="PNG", pnginfo=info)
+        part.write_bytes(data)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from sd_parsers import ParserManager
 
 import ldm
 from ldm.__main__ import main, parser
+from ldm.image import save
+from ldm.parameters import parameters, parse, read
 from ldm.pipeline import DEFAULT_MODEL
 from ldm.unet import UNet
 
@@ -113,8 +115,10 @@ def test_lora_and_embedding(pipe, tmp_path):
     other.load_lora(loras[1])
     assert pixels("x.png") == pixels(other("wowza", steps=2, progress=False).images[0])
     assert pixels("x.png") != pixels(pipe("wowza", steps=2, progress=False).images[0])
-    assert 'Lora: "a: 0.5, b:2: 1"' in Image.open("x.png").text["parameters"]
-    assert "TI: wowza" in Image.open("x.png").text["parameters"]
+    values = parse(read(Path("x.png")))
+    assert values["lora"] == ((loras[0], 0.5), (loras[1], 1.0)) and values["embedding"] == ((None, word),)
+    main(["replay", "x.png", "-o", "z.png"])
+    assert Path("z.png").read_bytes() == Path("x.png").read_bytes()
     main(["a brightly", "-o", "y.png", "--steps", "2", "--embedding", f"brightly={word}", "--vae-dtype", "bfloat16"])
     half = ldm.Pipeline.from_pretrained(vae_dtype=torch.bfloat16)
     assert half.load_embedding(word, "brightly") == "brightly"
@@ -203,15 +207,17 @@ def test_every_setting(pipe, capsys):
         assert pixels(f"{i}.png") == pixels(pipe("fire", **common, **other, progress=False).images[0])
     settings |= others[0] | others[1] | others[2]
     written = Image.open("x.png").text["parameters"]
-    for line in ("Emphasis: No norm", 'Original size: "(64, 48)"', 'Crops coords top left: "(1, 2)"', "Clip skip: 2"):
+    for line in ("Emphasis: No norm", 'Original size: "[64, 48]"', 'Crops coords top left: "[1, 2]"', "Clip skip: 2"):
         assert line in written
     for line in (
-        'Target size: "(40, 48)"',
+        'Target size: "[40, 48]"',
         "Aesthetic score: 5.0",
         "Negative aesthetic score: 3.0",
         "Refiner switch at: 0.6",
     ):
         assert line in written
+    main(["replay", "x.png", "--quiet"])
+    assert Path("x-2.png").read_bytes() == Path("x.png").read_bytes()
     named = {field.name for field in fields(ldm.Settings)}
     assert named - set(settings) == {"prompt", "batch_size", "latents", "noise"}  # -n; tensors have no spelling
 
@@ -272,7 +278,13 @@ def test_help(capsys):
         (["--vae", "none.safetensors"], "ldm: error: none.safetensors does not exist"),
         (["--dtype", "float16", "--device", "cpu"], "ldm: error: dtype=torch.float16 on cpu"),
         (["--device", "toaster"], "ldm: error: Expected one of cpu, cuda"),
-        (["-o", "x.jpg"], "ldm: error: output x.jpg: give a name that ends in .png"),
+        (["-o", "x.gif"], "ldm: error: output x.gif: give a name that ends in .png, .jpg, .jpeg, .webp, .avif"),
+        (["--quality", "80"], "ldm: error: quality=80: PNG has none"),
+        (["--quality", "101", "-o", "x.jpg"], "ldm: error: quality=101: give a whole number from 1 to 100"),
+        (["--quality", "80", "--max-bytes", "1k", "-o", "x.jpg"], "ldm: error: quality=80 with max_bytes=1000"),
+        (["--max-bytes", "1G"], "argument --max-bytes: invalid number_of_bytes value: '1G'"),
+        (["--max-bytes", "100", "--steps", "1"], "ldm: error: output out.png cannot be written: max_bytes=100: the"),
+        (["--force", "-o", "/"], "ldm: error: output /: give a name that ends in"),
         (["-o", "none/x.png"], "ldm: error: output none/x.png: the folder "),
         (["--num-inference-steps", "3"], "unrecognized arguments: --num-inference-steps 3"),
     ],
@@ -300,25 +312,167 @@ def test_stopped_while_drawing(capsys, monkeypatch):
     assert fails(capsys, "fire", "-o", "x.png") == "ldm: stopped, nothing more was written"
 
 
+def stop_writing(monkeypatch, error, after=0):
+    """Half of a file is written, then comes `error`; `after` files are written as they should."""
+    write, left = Path.write_bytes, [after]
+
+    def half(file, data):
+        if left[0] == 0:
+            write(file, data[: len(data) // 2])
+            raise error
+        left[0] -= 1
+        return write(file, data)
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+
+
 def test_stopped_while_saving(capsys, monkeypatch):
-    save = Image.Image.save
-
-    def half(image, file, **options):
-        save(image, file, **options)
-        os.truncate(file, 100)
-        interrupt()
-
-    monkeypatch.setattr(Image.Image, "save", half)
+    stop_writing(monkeypatch, KeyboardInterrupt())
     assert fails(capsys, "fire", "-o", "x.png", "--steps", "1") == "ldm: stopped, nothing more was written"
 
 
-def test_disk_full(capsys, monkeypatch):
-    def full(image, file, **options):
-        Path(file).write_bytes(b"\x89PNG")
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_disk_full(capsys, monkeypatch, force):
+    stop_writing(monkeypatch, OSError(28, "No space left on device"))
+    Path("x.png").write_text("mine")
+    said = fails(capsys, "fire", "-o", "x.png", "--steps", "1", *force)
+    assert said == "ldm: error: output x.png cannot be written: No space left on device"
+    assert Path("x.png").read_text() == "mine"
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert "ldm: error: [Errno 28] No space left" in fails(capsys, "fire", "-o", "x.png", "--steps", "1")
+
+def test_disk_full_after_some_pictures(capsys, monkeypatch):
+    stop_writing(monkeypatch, OSError(28, "No space left on device"), after=2)
+    with pytest.raises(SystemExit) as stop:
+        main(["fire", "-o", "x.jpg", "--steps", "1", "-n", "3", "--quiet"])
+    assert stop.value.code == (
+        "ldm: error: output x.jpg cannot be written: No space left on device; saved before it: x.jpg, x-2.jpg"
+    )
+    assert capsys.readouterr().out == "x.jpg\nx-2.jpg\n" and files() == ["x-2.jpg", "x.jpg"]
+    for name in files():
+        Image.open(name).load()
+
+
+def test_unwritable_folder(capsys, monkeypatch):
+    with monkeypatch.context() as m:  # known before the work
+        m.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        m.setattr(UNet, "forward", None)
+        assert "ldm: error: output x.png: the folder " in fails(capsys, "fire", "-o", "x.png")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)  # only while saving
+    said = fails(capsys, "fire", "-o", "x.png", "--steps", "1")
+    assert said == "ldm: error: output x.png cannot be written: Permission denied"
+
+
+def test_force(capsys):
+    Path("x.png").write_text("mine")
+    Path("x-2.png").write_text("mine too")
+    main(["fire", "-o", "x.png", "--force", "--steps", "1", "-n", "2", "--quiet"])
+    assert capsys.readouterr().out == "x.png\nx-3.png\n"
+    assert Path("x-2.png").read_text() == "mine too" and files() == ["x-2.png", "x-3.png", "x.png"]
+    assert "Seed: 0" in read(Path("x.png")) and "Seed: 1" in read(Path("x-3.png"))
+    Path("y.png").mkdir()
+    assert "output y.png: it is a folder" in fails(capsys, "fire", "-o", "y.png", "--force")
+
+
+def test_quality_and_size():
+    main(["fire", "-o", "a.jpg", "--steps", "1", "--quality", "20", "--quiet"])
+    main(["fire", "-o", "b.jpg", "--steps", "1", "--quality", "95", "--quiet"])
+    main(["fire", "-o", "c.webp", "--steps", "1", "--max-bytes", "1.5k", "--quiet"])
+    main(["fire", "-o", "d.png", "--steps", "1", "--max-bytes", "0.1M", "--quiet"])
+    sizes = {name: Path(name).stat().st_size for name in files()}
+    assert sizes["a.jpg"] < sizes["b.jpg"] and sizes["c.webp"] <= 1500 and sizes["d.png"] <= 100000
+
+
+@pytest.fixture
+def picture():
+    main(["a red heart", "-o", "x.png", "--steps", "2", "--seed", "3", "--quiet"])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif"])
+def test_info_and_replay(suffix, capsys):
+    """The pictures of a batch, of which each is made again: the same file to the last byte."""
+    options = ["--quality", "40"] if suffix == ".jpg" else ["--max-bytes", "5k"] if suffix == ".webp" else []
+    prompt = "it's a\nred $HEART"
+    main([prompt, "-o", f"x{suffix}", "--steps", "2", "-n", "2", "--seed", "5", *options, "--quiet"])
+    capsys.readouterr()
+    for name in (f"x{suffix}", f"x-2{suffix}"):
+        main(["replay", name, "-o", f"again{suffix}", "--force", "--quiet"])
+        assert Path(f"again{suffix}").read_bytes() == Path(name).read_bytes()
+        assert capsys.readouterr() == (f"again{suffix}\n", "")
+        main(["info", name])
+        *lines, command = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["file", name] and lines[1].split()[-1] == "64x64"
+        assert lines[2:4] == [f"{'prompt':<24}it's a", f"{'':<24}red $HEART"]
+        assert any(line.split() == ["Steps", "2"] for line in lines)
+        assert lines[-1] == f"{'picture':<24}{1 if name == f'x{suffix}' else 2} of the 2 that the command makes"
+        command = command.removeprefix(f"{'command':<24}")
+        printed = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True).stdout
+        _, *argv, _ = printed.split("\0")
+        main([*argv, "--quiet"])
+        made = capsys.readouterr().out.split()[int(name != f"x{suffix}")]
+        assert Path(made).read_bytes() == Path(name).read_bytes()
+    before = files()
+    main(["replay", f"x{suffix}", "--quiet"])
+    (new,) = set(files()) - set(before)
+    assert new.startswith("x-") and Path(new).read_bytes() == Path(f"x{suffix}").read_bytes()
+
+
+def test_replay_never_writes_over_its_source(picture, capsys):
+    before = Path("x.png").read_bytes()
+    assert "it is the picture to replay" in fails(capsys, "replay", "x.png", "--force")
+    assert "it is the picture to replay" in fails(
+        capsys, "replay", "x.png", "-o", str(Path("x.png").resolve()), "--force"
+    )
+    Path("y.png").write_text("mine")
+    main(["replay", "x.png", "-o", "y.png", "--quiet"])
+    assert capsys.readouterr().out.endswith("y-2.png\n")
+    assert Path("x.png").read_bytes() == before and Path("y.png").read_text() == "mine"
+
+
+def test_replay_needs_the_same_inputs(capsys):
+    Image.new("RGB", (64, 64), "red").save("in.png")
+    main(["fire", "-o", "x.png", "--image", "in.png", "--steps", "4", "--quiet"])
+    main(["replay", "x.png", "--quiet"])
+    assert Path("x-2.png").read_bytes() == Path("x.png").read_bytes()
+    Image.new("RGB", (64, 64), "blue").save("in.png")
+    assert "ldm: error: in.png has changed since the picture was made" in fails(capsys, "replay", "x.png")
+    Path("in.png").unlink()
+    assert "ldm: error: in.png does not exist: the picture was made from it" in fails(capsys, "replay", "x.png")
+
+
+def test_replay_warns(picture, capsys):
+    image, text = Image.open("x.png"), read(Path("x.png"))
+    image.putpixel((0, 0), (1, 2, 3))
+    save(image, Path("y.png"), text.replace("Version: ldm 0", "Version: ldm 9"))
+    main(["replay", "y.png", "--quiet"])
+    assert pixels("y-2.png") == pixels("x.png")
+    other, differs = capsys.readouterr().err.splitlines()
+    assert other.startswith("ldm: warning: made with ldm 9.") and other.endswith(": pixels may differ")
+    assert differs == "ldm: warning: the pixels are not those of y.png"
+
+
+def test_replay_of_what_cannot_be(capsys):
+    image, line = Image.new("RGB", (8, 8)), "Steps: 5, Sampler: Restart, CFG scale: 7, Seed: 1, Size: 8x8"
+    save(image, Path("webui.jpg"), f"a\n{line}, Version: v1.10.1")
+    assert "ldm: error: webui.jpg: not made by ldm; `ldm info webui.jpg`" in fails(capsys, "replay", "webui.jpg")
+    main(["info", "webui.jpg"])
+    said = capsys.readouterr().out
+    assert f"{'not in the command':<24}Sampler: Restart (not among ddim, euler" in said
+    assert "ldm generate --output=webui.jpg a --steps 5 --guidance-scale 7 --seed 1 --width 8 --height 8" in said
+    save(image, Path("python.png"), parameters(ldm.Settings(["a", "b"]), 1, (8, 8), "m"))
+    assert 'no command makes it again: Prompts: ["a", "b"] (a list' in fails(capsys, "replay", "python.png")
+    image.save("plain.png")
+    Path("text.png").write_text("no picture")
+    for verb in ("info", "replay"):
+        with pytest.raises(SystemExit, match=r"ldm: error: plain.png: the picture carries no settings"):
+            main([verb, "plain.png"])
+        with pytest.raises(SystemExit, match=r"ldm: error: text.png: not an image that Pillow can read"):
+            main([verb, "text.png"])
+        with pytest.raises(SystemExit, match=r"ldm: error: none.png: No such file or directory"):
+            main([verb, "none.png"])
 
 
 @pytest.mark.parametrize(
@@ -336,15 +490,23 @@ def test_disk_full(capsys, monkeypatch):
 )
 def test_readers_of_webuis_pictures(prompt, negative):
     main([prompt, "--negative-prompt", negative, "-o", "x.png", "--steps", "2", "--seed", "123", "--sampler", "ddim"])
-    info = ParserManager().parse("x.png")
+    for file in ("x.jpg", "x.webp"):
+        save(Image.open("x.png"), Path(file), read(Path("x.png")))
+    for file in files():
+        as_sd_parsers_reads_it(file, prompt, negative)
+
+
+def as_sd_parsers_reads_it(file, prompt, negative):
+    info = ParserManager().parse(file)
     assert info.generator == "AUTOMATIC1111"
     assert info.full_prompt == prompt and info.full_negative_prompt == negative
     (sampler,) = info.samplers
     assert sampler.name == "ddim" and sampler.model.name == DEFAULT_MODEL.resolve().name
     read = sampler.parameters
     assert (read["steps"], read["seed"], read["cfg_scale"]) == ("2", "123", "7.5")
-    side = Image.open("x.png").width
-    assert info.metadata == {"Size": f"{side}x{side}"}
+    side = Image.open(file).width
+    made_with = {"Version": f"ldm {ldm.__version__}", "Torch": torch.__version__}
+    assert info.metadata == {"Size": f"{side}x{side}"} | made_with
 
 
 def test_as_a_command(folder):

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from ldm import SAMPLERS, Settings
-from ldm.parameters import parameters
 from ldm.samplers import SPACINGS, euler
 
 PICTURE = Image.new("RGB", (64, 64))
@@ -171,36 +170,3 @@ def test_seeds_of_numpy(seed):
 def test_cannot_be_changed_unchecked():
     with pytest.raises(AttributeError):
         Settings().steps = 0
-
-
-def test_parameters_as_webui_writes_them():
-    s = Settings(["a", "b, c"], negative_prompt="d", steps=5, sampler="ddim", sigmas="trailing", seed=[1, 2], eta=0.5)
-    assert parameters(s, 1, (64, 48), "my, model") == (
-        "b, c\n"
-        "Negative prompt: d\n"
-        'Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 2, Size: 64x48, Model: "my, model", Schedule type: trailing,'
-        " Eta: 0.5"
-    )
-
-
-def test_parameters_that_need_not_be_written():
-    line = "Steps: 20, Sampler: euler, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: m"
-    assert parameters(Settings("a"), 0, (64, 64), "m") == f"a\n{line}"
-    assert parameters(Settings("a", image=PICTURE, strength=0.5), 0, (64, 64), "m") == (
-        f"a\n{line}, Denoising strength: 0.5"
-    )
-    assert parameters(Settings("a", clip_skip=2), 0, (64, 64), "m") == f"a\n{line}, Clip skip: 2"
-
-
-def test_parameters_of_variations():
-    s = Settings("a", batch_size=2, seed=3, subseed=8, subseed_strength=0.25, seed_resize_from=(48, 64), tiling="both")
-    written = (
-        "Seed: 3, Size: 64x64, Model: m, Variation seed: 9, Variation seed strength: 0.25, Seed resize from: 48x64"
-    )
-    assert parameters(s, 1, (64, 64), "m").endswith(f"{written}, Tiling: True")
-    assert parameters(Settings("a", subseed=8, tiling="x"), 0, (64, 64), "m").endswith("Model: m, Tiling: x")
-
-
-def test_parameters_count_the_steps_of_a_tensor():
-    s = Settings("a", sigmas=torch.tensor([3.0, 1.0, 0.0]))
-    assert "Steps: 2, " in parameters(s, 0, (64, 64), "m")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.image import save_png, to_images
+from ldm.image import save, to_images
 from ldm.pipeline import Pipeline
 from ldm.train import data
 from ldm.train.captions import caption
@@ -158,7 +158,7 @@ def contact_sheet(pipe: Pipeline, prompts: list[str], file: Path) -> None:
         write.multiline_text(
             (x + side // 2, y + side), "\n".join(lines), "black", font, "ma", spacing=1, align="center"
         )
-    save_png(sheet, file, "\n".join(prompts))
+    save(sheet, file, "\n".join(prompts))
 
 
 def plot_loss(logs: dict[str, Path], file: Path) -> None:
