@@ -92,7 +92,7 @@ def scaled(text: str) -> tuple[Path, float]:
 
 def worded(text: str) -> tuple[str | None, Path]:
     """FILE or WORD=FILE."""
-    word, _, file = text.rpartition("=")
+    word, _, file = text.partition("=")
     return (word, Path(file)) if word and not Path(text).exists() else (None, Path(text))
 
 

@@ -30,6 +30,8 @@ from ldm.vae import VAE
 if TYPE_CHECKING:
     from ldm.lora import Lora
 
+LARGEST = 4096**2  # pixels in one run: attention grows with their square
+
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
 
 
@@ -300,6 +302,11 @@ class Pipeline:
     @torch.no_grad()
     def _begin(self, s: Settings) -> Run:
         size, factor = self._size(s), self.vae.config.factor
+        if size[0] * size[1] > LARGEST:
+            raise ValueError(
+                f"{size[0]}x{size[1]} pixels in one run: up to {LARGEST:,} are made; give width= and height=, or, with"
+                " an image, tile= (the model's native size is good)"
+            )
         if s.tiling is not None and (size[0] % factor or size[1] % factor):
             raise ValueError(
                 f"tiling={s.tiling!r} at {size[0]}x{size[1]}: the edges would not join after the cut to that size;"

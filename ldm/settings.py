@@ -216,6 +216,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Image.Image):
                 raise ValueError(f"{name} is a {type(value).__name__}: give a PIL image, e.g. PIL.Image.open(file)")
+            try:
+                if value is not None:
+                    value.load()  # which Image.open leaves for later
+            except Exception as error:  # Pillow's decoders raise nearly anything for damaged files
+                raise ValueError(f"{name} is damaged or cut off ({error}): give a picture that can be read") from error
         for name in ("latents", "noise"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
