@@ -1,6 +1,7 @@
 """Text to image and image to image: the parts put together."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ldm.noise import SeededNoise
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
 from ldm.settings import Settings
 from ldm.unet import UNet, vector_embedding
-from ldm.vae import VAE
+from ldm.vae import VAE, strips
 
 if TYPE_CHECKING:
     from ldm.lora import Lora
@@ -183,6 +184,10 @@ class Pipeline:
         if kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = kept
             latents = mask * latents + (1 - mask) * z
+        height, width = (side * self.vae.config.factor for side in latents.shape[-2:])
+        if progress and self.vae.in_strips(height, width):
+            size = f"{width}x{height} is more than {strips.WHOLE_UP_TO:,} pixels"
+            tqdm.write(f"{size}: the VAE decodes it in strips", file=sys.stderr)
         return Output(to_images(self.decode(latents)), latents, settings.seeds, settings)
 
     def stream(self, prompt: str | list[str] = "", **settings: Any) -> Iterator[Step]:
