@@ -1,7 +1,7 @@
 """How much memory the full-size VAE takes for a large picture, in strips and whole, beside diffusers' tiling.
 
-python -m benchmarks.vae         # 2048x2048: 14 GB of memory, three quarters of an hour on two cores
-python -m benchmarks.vae 1024    # 4 GB, ten minutes
+python -m benchmarks.vae         # 2048x2048: 17 GB of memory, about half an hour on two cores with nothing else to do
+python -m benchmarks.vae 1024    # a quarter of both
 
 Random weights and inputs in float32. Each figure is taken in a fresh process of two threads: the peak memory above what
 is in use when the call begins (weights, inputs, imports), the time of the call, and how far its result is from the
