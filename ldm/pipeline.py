@@ -1,6 +1,7 @@
 """Text to image and image to image: the parts put together."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedu
 from ldm.seamless import seamless
 from ldm.settings import Output, Settings
 from ldm.unet import UNet, vector_embedding
-from ldm.vae import VAE
+from ldm.vae import VAE, strips
 
 if TYPE_CHECKING:
     from ldm.lora import Lora
@@ -212,6 +213,10 @@ class Pipeline:
         if run.kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = run.kept
             latents = torch.where(mask > 0, latents, z)
+        height, width = (side * self.vae.config.factor for side in latents.shape[-2:])
+        if progress and self.vae.in_strips(height, width):
+            size = f"{width}x{height} is more than {strips.WHOLE_UP_TO:,} pixels"
+            tqdm.write(f"{size}: the VAE decodes it in strips", file=sys.stderr)
         images = to_images(pipe.decode(latents))
         if run.picture is not None and run.mask is not None and settings.paste_back:
             images = [paste(image, run.picture, run.mask) for image in images]

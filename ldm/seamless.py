@@ -52,8 +52,3 @@ def seamless(net: Net, tiling: str) -> Net:
             module.__class__ = WrappingConv2d
             vars(module).update(tiling=tiling, sides=(x, x, y, y), padding=(0, 0))
     return twin
-
-
-def wraps_rows(net: nn.Module) -> bool:
-    """Whether the rows of `net`'s input go on at the opposite edge."""
-    return any(getattr(module, "tiling", None) in ("y", "both") for module in net.modules())

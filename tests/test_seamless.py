@@ -12,9 +12,9 @@ from torch import nn
 import ldm
 from ldm.pipeline import DEFAULT_MODEL
 from ldm.samplers import SAMPLERS
-from ldm.seamless import seamless, wraps_rows
+from ldm.seamless import seamless
 from ldm.unet import UNet
-from ldm.vae import VAE
+from ldm.vae import VAE, strips
 
 AXES = {"x": [3], "y": [2], "both": [2, 3]}
 PROMPT = "a red heart, noto style"
@@ -135,8 +135,21 @@ def test_shares_all_tensors(unet, vae):
 
 def test_wraps_rows(unet, vae):
     for net in (unet, vae, vae.decoder):
-        assert [wraps_rows(seamless(net, tiling)) for tiling in AXES] == [False, True, True]
-        assert not wraps_rows(net)
+        assert [strips.wraps_rows(seamless(net, tiling)) for tiling in AXES] == [False, True, True]
+        assert not strips.wraps_rows(net)
+
+
+@pytest.mark.parametrize("tiling", AXES)
+def test_in_strips(vae, tiling, monkeypatch):
+    """A large picture is cut into strips, of which the first and the last are neighbours."""
+    tiled = seamless(vae, tiling)
+    image, z = torch.randn(1, 3, 96, 40), torch.randn(1, 4, 48, 20)
+    whole = tiled.encode(image).mean, tiled.decode(z)
+    monkeypatch.setattr(strips, "WHOLE_UP_TO", 0)
+    monkeypatch.setattr(strips, "STRIP", 2**12)
+    cut = tiled.encode(image).mean, tiled.decode(z)
+    for a, b in zip(whole, cut, strict=True):
+        assert 0 < (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
 def test_the_pipeline_is_left_alone(pipe, monkeypatch):

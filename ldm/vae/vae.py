@@ -5,9 +5,11 @@ Module names are those of diffusers' AutoencoderKL.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.vae import strips
 from ldm.vae.blocks import DownBlock, MidBlock, UpBlock
 from ldm.vae.config import VAEConfig
 
@@ -72,10 +74,29 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(latents, latents, 1)
 
     def encode(self, image: Tensor) -> Gaussian:
-        """image (B,3,h,w) in [-1,1], h and w multiples of the factor -> Gaussian of (B,4,h/f,w/f), not scaled."""
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)  # (B,4,h/f,w/f) each
+        """image (B,3,h,w) in [-1,1], h and w multiples of the factor -> Gaussian of (B,4,h/f,w/f), not scaled.
+
+        Pictures of more than `strips.WHOLE_UP_TO` pixels are encoded in strips: equal up to rounding, in less memory.
+        Not where gradients are taken, which need all activations.
+        """
+        in_strips = self.in_strips(*image.shape[-2:]) and not self._takes_gradients(image)
+        h = strips.encode(self.encoder, image, strips.wraps_rows(self)) if in_strips else self.encoder(image)
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)  # (B,4,h/f,w/f) each
         return Gaussian(mean, (0.5 * logvar.clamp(-30.0, 20.0)).exp())
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B,4,h,w), not scaled: the sampler's latents / `config.scaling_factor` -> (B,3,fh,fw), about [-1,1]."""
-        return self.decoder(self.post_quant_conv(z))
+        """z (B,4,h,w), not scaled: the sampler's latents / `config.scaling_factor` -> (B,3,fh,fw), about [-1,1].
+
+        In strips like `encode`.
+        """
+        height, width = (side * self.config.factor for side in z.shape[-2:])
+        h = self.post_quant_conv(z)
+        in_strips = self.in_strips(height, width) and not self._takes_gradients(z)
+        return strips.decode(self.decoder, h, strips.wraps_rows(self)) if in_strips else self.decoder(h)
+
+    def in_strips(self, height: int, width: int) -> bool:
+        """Whether a picture of so many pixels is encoded and decoded in strips (unless gradients are taken)."""
+        return height * width > strips.WHOLE_UP_TO
+
+    def _takes_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
