@@ -103,7 +103,7 @@ def outpainted(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid:
             made.append(make(inside))
             canvas.paste(paste(made[-1].images[0], known, part, fade), box[:2])
             unknown.paste(0, box)
-        return Output([canvas.crop((0, 0, *image.size))], made[0].latents if len(made) == 1 else None, one.seeds, one)
+        return Output([cut(canvas, image.size)], made[0].latents if len(made) == 1 else None, one.seeds, one)
 
     return joined(s, map(painted, s.each()))
 
@@ -126,9 +126,14 @@ def in_tiles(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid: G
                 continue
             inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, **grid.start(noise, box))
             result.paste(make(inside).images[0], box[:2], ramp(box, grid.overlap))
-        return Output([result.crop((0, 0, *size))], None, one.seeds, one)
+        return Output([cut(result, size)], None, one.seeds, one)
 
     return joined(s, map(painted, s.each()))
+
+
+def cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Without what `fit` has padded."""
+    return image if image.size == size else image.crop((0, 0, *size))
 
 
 def joined(s: Settings, outputs: Iterable[Output]) -> Output:

@@ -24,7 +24,7 @@ from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_ou
 from ldm.noise import SeededNoise
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
 from ldm.seamless import seamless
-from ldm.settings import Output, Settings
+from ldm.settings import Output, Settings, check_mask
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE, strips
 
@@ -509,12 +509,8 @@ class Pipeline:
         """The mask in mode L, at the size of the picture."""
         assert s.mask is not None
         mask = to_mask(s.mask, s.mask_blur)
-        size = upright_size(s.image) if s.image is not None else self._size(s)
-        if mask.size != size:
-            raise ValueError(
-                f"mask of {mask.width}x{mask.height} pixels for a picture of {size[0]}x{size[1]}: give a mask of the"
-                " picture's size, e.g. mask.resize(image.size)"
-            )
+        if s.image is None:
+            check_mask(mask.size, self._size(s))
         if mask.getbbox() is None:
             warnings.warn("the mask is black everywhere: nothing is repainted; white is what is", stacklevel=2)
         return mask

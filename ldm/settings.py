@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.image import upright_size
 from ldm.img2img import CANVAS_FILLS, STRENGTH_RULES
 from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
 
@@ -44,6 +45,14 @@ LISTS = (Sequence, np.ndarray)
 def counted(seed: int | Sequence[int], count: int) -> list[int]:
     """The seeds that are listed, or `count` from `seed` up."""
     return [int(s) for s in seed] if isinstance(seed, LISTS) else [int(seed) + i for i in range(count)]
+
+
+def check_mask(mask: tuple[int, int], picture: tuple[int, int]) -> None:
+    if mask != picture:
+        raise ValueError(
+            f"mask of {mask[0]}x{mask[1]} pixels for a picture of {picture[0]}x{picture[1]}: give a mask of the"
+            " picture's size, e.g. mask.resize(image.size)"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +243,8 @@ class Settings:
             raise ValueError("image and latents both say where to start: give one of them")
         if self.mask is not None and self.image is None and self.latents is None:
             raise ValueError("mask without image: give the picture that the mask belongs to as image=")
+        if self.mask is not None and self.image is not None:
+            check_mask(upright_size(self.mask), upright_size(self.image))
         self._check_edits()
         if not self.prompts:
             raise ValueError("prompt is an empty list: give at least one text")

@@ -150,8 +150,12 @@ def test_mask_of_nothing(pipe, picture):
 
 @pytest.mark.parametrize("size", [(64, 64), (51, 70), (1, 1)])
 def test_mask_of_another_size(pipe, picture, size):
-    with pytest.raises(ValueError, match=rf"mask of {size[0]}x{size[1]} pixels for a picture of 70x51: .*resize"):
-        pipe(HEART, image=picture, mask=Image.new("L", size, 255), **QUICK)
+    mask, said = Image.new("L", size, 255), rf"mask of {size[0]}x{size[1]} pixels for a picture of 70x51: .*resize"
+    for edit in ({}, {"padding_mask_crop": 0}, {"tile": 32}):
+        with pytest.raises(ValueError, match=said):
+            pipe(HEART, image=picture, mask=mask, **edit, **QUICK)
+    with pytest.raises(ValueError, match="for a picture of 32x64: "):
+        pipe(HEART, latents=torch.zeros(1, 4, 16, 8), mask=mask, **QUICK)
 
 
 def seam(row):
