@@ -201,6 +201,10 @@ class Pipeline:
         return self._run(s, progress, callback)
 
     def _run(self, settings: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
+        width, height = self._size(settings)
+        if progress and self.vae.in_strips(height, width):
+            said = f"{width}x{height} is more than {strips.WHOLE_UP_TO:,} pixels: the VAE works in strips"
+            tqdm.write(said, file=sys.stderr)
         pipe = self._tiled(settings.tiling)
         run = pipe._begin(settings)
         x = run.x
@@ -213,10 +217,6 @@ class Pipeline:
         if run.kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = run.kept
             latents = torch.where(mask > 0, latents, z)
-        height, width = (side * self.vae.config.factor for side in latents.shape[-2:])
-        if progress and self.vae.in_strips(height, width):
-            size = f"{width}x{height} is more than {strips.WHOLE_UP_TO:,} pixels"
-            tqdm.write(f"{size}: the VAE decodes it in strips", file=sys.stderr)
         images = to_images(pipe.decode(latents))
         if run.picture is not None and run.mask is not None and settings.paste_back:
             images = [paste(image, run.picture, run.mask) for image in images]

@@ -214,7 +214,7 @@ def test_the_pipeline_says_so(capsys, monkeypatch):
     pipe(steps=1, progress=False)
     assert capsys.readouterr().err == ""
     pipe(steps=1)
-    assert "64x64 is more than 4,000 pixels: the VAE decodes it in strips" in capsys.readouterr().err
+    assert "64x64 is more than 4,000 pixels: the VAE works in strips" in capsys.readouterr().err
 
 
 @pytest.mark.full
