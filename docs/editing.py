@@ -70,8 +70,9 @@ as the VAE has it, 1 replaces it. `print(pipe.plan_strength(steps=20, strength=0
     yield f"""
 ## Inpainting: another colour
 
-`pipe("{BLUE}", image=heart, mask=mask, strength=1.0)`, or `--mask mask.png`: white is repainted, and what is black
-comes back bit for bit. The mask is what is not near to white.
+`pipe("{BLUE}", image=heart, mask=mask, strength=1.0)`, or `--mask mask.png --strength 1`: white is repainted, and what
+is black comes back bit for bit. The mask is what is not near to white, and two pixels around it; `mask_blur` softens
+it, so that less of it is quite black.
 """
     masks = [mask_of(heart) for heart in hearts]
     painted = [made(BLUE, seed, image=hearts[seed], mask=masks[seed], strength=1.0) for seed in SEEDS]
@@ -89,8 +90,8 @@ comes back bit for bit. The mask is what is not near to white.
 ## Outpainting
 
 `pipe("{RED}", image=heart, extend=(16, 0, 48, 0), strength=1.0)`, or `--extend 16 0 48 0`: pixels to the left, top,
-right and bottom. The picture stays bit for bit. The new part goes on as the canvas was filled and then as the model likes;
-this model has seen one thing in the middle of a white square, so it starts another one.
+right and bottom. The picture stays bit for bit. The new part goes on as the canvas was filled and then as the model
+likes; this model has seen one thing in the middle of a white square, so it starts another one.
 """
     rows = {}
     for how in ("edge", "mirror", "noise"):
@@ -101,8 +102,9 @@ this model has seen one thing in the middle of a white square, so it starts anot
     yield f"""
 ## Enlarging
 
-`pipe("{RED}", enlarge=2, enlarge_filter="latent", strength=0.4)`, or `--enlarge 2`: a small picture, twice as large,
-then image to image. This model has learnt pictures of 64 pixels alone: the lower the strength, the better.
+`pipe("{RED}", enlarge=2, enlarge_filter="latent", strength=0.2)`, or `--enlarge 2 --strength 0.2`: a small picture,
+twice as large, then image to image. This model has learnt pictures of 64 pixels alone and redraws larger ones worse
+than Pillow enlarges them; the pass is for models that know the larger size.
 """
     rows = {
         "64 pixels, enlarged by Pillow": strip(
@@ -117,7 +119,8 @@ then image to image. This model has learnt pictures of 64 pixels alone: the lowe
     yield """
 ## Seamless tiling
 
-`pipe("a red flower", tiling="both")`, or `--tiling both`: each picture is shown twice in each direction.
+`pipe("a red flower", tiling="both")`, or `--tiling both`: each picture is shown twice in each direction. No step shows
+at the edges; what this model makes of a square without a middle is a pattern, and no flower.
 """
     rows = {}
     for tiling in (None, "both"):
@@ -149,8 +152,8 @@ then image to image. This model has learnt pictures of 64 pixels alone: the lowe
 if __name__ == "__main__":
     head = f"""# Editing, shown on the default model
 
-Made by `python docs/editing.py`: each row is one call with seeds 0 to 3, and no picture was chosen by hand. The model is
-`{pipe.name}`, 64 pixels, which draws emoji; everything else is at its default. What these edits do stands in
-`ldm/img2img.py` (the arithmetic) and `ldm/edit.py` (what is several runs).
+Made by `.venv/bin/python docs/editing.py`: each row is the same with seeds 0 to 3, and no picture was chosen by hand.
+The model is `{pipe.name}`, 64 pixels, which draws emoji; what is not named is at its default. What these edits do
+stands in `ldm/img2img.py` (the arithmetic) and `ldm/edit.py` (what is several runs).
 """
     PAGE.write_text("\n".join([head, *sections()]) + "\n")

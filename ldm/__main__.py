@@ -177,6 +177,8 @@ def replay(a: argparse.Namespace) -> None:
     made.check_files()
     again = generate_parser().parse_args(made.argv)
     again.output, again.force, again.quiet = a.output or a.file, a.force, a.quiet
+    if again.output.suffix.lower() != a.file.suffix.lower():  # another format has its own
+        again.quality = again.max_bytes = None
     if a.force and again.output.resolve() == a.file.resolve():
         raise ValueError(f"output {again.output}: it is the picture to replay, give another name")
     check_output(again)

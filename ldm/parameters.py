@@ -136,7 +136,8 @@ def parameters(
         values["spacing"] = values.pop("sigmas")
     elif s.sigmas is not None:
         values["sigmas"] = s.sigmas.tolist()
-    if s.image is not None or s.latents is not None:
+    values.pop("strength", None)
+    if s.image is not None or s.latents is not None or s.enlarge > 1:
         values["strength"] = s.strength
     if s.refiner is not None:
         values |= {"refiner_name": s.refiner.name, "refiner_start": s.refiner_start}

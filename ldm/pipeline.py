@@ -24,7 +24,7 @@ from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_ou
 from ldm.noise import SeededNoise
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
 from ldm.seamless import seamless
-from ldm.settings import Output, Settings, check_mask
+from ldm.settings import Output, Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE, strips
 
@@ -175,8 +175,9 @@ class Pipeline:
         """Make pictures. `settings` are the fields of `ldm.Settings`: steps, guidance_scale, sampler, seed, image, ...
 
         progress: show a bar on stderr. callback: is shown every `Step`. Raises ValueError for settings that cannot be
-        run, FloatingPointError when a net returns NaN or infinity.
+        run, TypeError for a name that is no setting, FloatingPointError when a net returns NaN or infinity.
         """
+        check_names(settings)
         return self.run(Settings(prompt, **settings), progress, callback)
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
@@ -229,6 +230,7 @@ class Pipeline:
         on from the step's x, so that changing it in place changes the picture. Raises ValueError for what is several
         runs: extend, enlarge, tile, padding_mask_crop.
         """
+        check_names(settings)
         s = Settings(prompt, **settings)
         several = [name for name in ("extend", "tile", "padding_mask_crop") if getattr(s, name) is not None]
         if several := several + ["enlarge"] * (s.enlarge > 1):
@@ -239,6 +241,7 @@ class Pipeline:
 
     def plan_strength(self, **settings: Any) -> StrengthPlan:
         """What a strength means for the settings of a call (steps, strength, strength_rule, sigmas, ...), to print."""
+        check_names(settings)
         return self._plan(Settings(**settings))
 
     def _plan(self, s: Settings) -> StrengthPlan:

@@ -1,9 +1,10 @@
 """The arguments of one call, checked before any work is done."""
 
+import difflib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,29 @@ LISTS = (Sequence, np.ndarray)
 def counted(seed: int | Sequence[int], count: int) -> list[int]:
     """The seeds that are listed, or `count` from `seed` up."""
     return [int(s) for s in seed] if isinstance(seed, LISTS) else [int(seed) + i for i in range(count)]
+
+
+# What others call our settings.
+PEERS = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "batch_size",
+    "cfg_scale": "guidance_scale",
+    "denoising_strength": "strength",
+    "mask_image": "mask",
+    "generator": "seed",
+    "scheduler": "sampler",
+    "sampler_name": "sampler",
+}
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Raises TypeError for a name that is no setting, with the one that was probably meant."""
+    names = [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in names:
+            close = [PEERS[name]] if name in PEERS else difflib.get_close_matches(name, names, 1)
+            meant = f"did you mean {close[0]}=? " if close else ""
+            raise TypeError(f"{name}= is no setting: {meant}There are {', '.join(names)}")
 
 
 def check_mask(mask: tuple[int, int], picture: tuple[int, int]) -> None:
@@ -273,7 +297,7 @@ class Settings:
         needs = {"extend": "image", "tile": "image", "padding_mask_crop": "mask", "mask_blur": "mask"}
         for name, other in needs.items():
             if getattr(self, name) and getattr(self, other) is None and not (name == "tile" and self.enlarge > 1):
-                raise ValueError(f"{name}={getattr(self, name)!r} without {other}: give the picture as {other}=")
+                raise ValueError(f"{name}={getattr(self, name)!r} without {other}: give the {other} that it is about")
         if self.padding_mask_crop is not None and self.image is None:
             raise ValueError("padding_mask_crop with latents=: the box is cut out of a picture, give it as image=")
         given = [name for name in ("extend", "mask", "enlarge") if getattr(self, name) not in (None, 1.0)]

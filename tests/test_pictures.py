@@ -99,7 +99,8 @@ def test_10000_pixels_wide(pipe):
 def test_too_large_for_one_run(pipe):
     large = Image.new("RGB", (10_000, 10_000))
     with pytest.raises(
-        ValueError, match=r"10000x10000 pixels in one run: up to 16,777,216 .*width= and height=, or, with an image, tile="
+        ValueError,
+        match=r"10000x10000 pixels in one run: up to 16,777,216 .*width= and height=, or, with an image, tile=",
     ):
         pipe(image=large, **QUICK)
     with pytest.raises(ValueError, match="20000x20000 pixels in one run"):

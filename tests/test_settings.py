@@ -9,6 +9,7 @@ from PIL import Image
 
 from ldm import SAMPLERS, Settings
 from ldm.samplers import SPACINGS, euler
+from ldm.settings import check_names
 
 PICTURE = Image.new("RGB", (64, 64))
 NAN, INF = float("nan"), float("inf")
@@ -165,6 +166,17 @@ def test_variations_share_the_seed():
 def test_seeds_of_numpy(seed):
     """They are Python's numbers afterwards, which do not overflow and which a generator takes."""
     assert Settings(seed=seed).seeds == [3] and type(Settings(seed=seed).seeds[0]) is int
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("num_inference_steps", "steps"), ("strengh", "strength"), ("mask_image", "mask"), ("generator", "seed")],
+)
+def test_names_of_others(name, meant):
+    with pytest.raises(TypeError, match=f"^{name}= is no setting: did you mean {meant}=\\? There are prompt, "):
+        check_names(["steps", name])
+    with pytest.raises(TypeError, match=r"^zzz= is no setting: There are prompt, "):
+        check_names(["zzz"])
 
 
 def test_cannot_be_changed_unchecked():
