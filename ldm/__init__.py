@@ -1,7 +1,8 @@
 """Stable Diffusion from scratch: `ldm.Pipeline.from_pretrained()("a red heart").images[0]`."""
 
 from ldm.inspection import inspect
-from ldm.pipeline import Output, Pipeline
+from ldm.output import Output
+from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
 from ldm.settings import Settings
 

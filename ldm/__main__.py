@@ -2,11 +2,10 @@
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import fields, replace
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +14,17 @@ from PIL import Image
 
 from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
-from ldm.image import FORMATS, QUALITY, check_format, open_picture, save, to_rgb
+from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, save, to_rgb
 from ldm.inspection import inspect
-from ldm.parameters import parameters, read, split
+from ldm.output import Output
+from ldm.parameters import read, split
 from ldm.pipeline import Pipeline
-from ldm.replay import HERE, options_of, recipe
+from ldm.replay import here, options_of, recipe
 from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
 from ldm.settings import CHOICES, Settings
 from ldm.verify import HEADER, line, matches, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def free_name(file: Path) -> Path:
-    """`file` if that is free, else heart-2.png, heart-3.png, ...: an empty file that is ours from here on, whoever else
-    looks for a name."""
-    for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
-        with suppress(FileExistsError):
-            name.touch(exist_ok=False)
-            return name
-    raise AssertionError("there are infinitely many names")
-
-
-def save_free(
-    image: Image.Image, file: Path, text: str, quality: int | None = None, max_bytes: int | None = None
-) -> Path:
-    """Save as `file` or, if there is one, under the next free name: nobody's picture is written over."""
-    name = free_name(file)
-    try:
-        save(image, name, text, quality, max_bytes)
-    except BaseException:
-        name.unlink()
-        raise
-    return name
-
-
-def save_all(images: list[Image.Image], texts: list[str], a: argparse.Namespace) -> list[Path]:
-    """Save pictures and print their names; with --force the first over what the output was."""
-    saved: list[Path] = []
-    for image, text in zip(images, texts, strict=True):
-        try:
-            if a.force and not saved:
-                save(image, a.output, text, a.quality, a.max_bytes)
-                saved.append(a.output)
-            else:
-                saved.append(save_free(image, a.output, text, a.quality, a.max_bytes))
-        except (OSError, ValueError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or error
-            kept = f"; saved before it: {', '.join(map(str, saved))}" if saved else ""
-            raise ValueError(f"output {a.output} cannot be written: {reason}{kept}") from error
-        print(saved[-1], flush=True)
-    return saved
 
 
 def open_image(option: str, file: Path | None) -> Image.Image | None:
@@ -77,8 +36,10 @@ def open_image(option: str, file: Path | None) -> Image.Image | None:
 
 def number_of_bytes(text: str) -> int:
     """200000, 200k or 0.2M: thousands and millions."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in ("k", "M") else (text, "")
-    return round(float(number) * {"": 1, "k": 1000, "M": 1000000}[unit])
+    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kKM]?)B?", text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: give 200000, 200k or 0.2M")
+    return round(float(number[1]) * {"": 1, "k": 1000, "M": 1000000}[number[2].replace("K", "k")])
 
 
 def scaled(text: str) -> tuple[Path, float]:
@@ -104,7 +65,8 @@ def seeds(text: str) -> int | list[int]:
 
 def check_output(a: argparse.Namespace) -> None:
     """What can be known before the work of drawing."""
-    check_format(a.output, a.quality, a.max_bytes)
+    format = check_format(a.output, a.quality, a.max_bytes)
+    encode(Image.new("RGB", (1, 1)), format, "\n".join([*a.prompt, a.negative_prompt or ""]))  # texts may be too long
     folder = a.output.resolve().parent
     if not folder.is_dir():
         raise ValueError(f"output {a.output}: the folder {folder} does not exist, make it first")
@@ -114,11 +76,18 @@ def check_output(a: argparse.Namespace) -> None:
         raise ValueError(f"output {a.output}: it is a folder, give another name")
 
 
-def draw(a: argparse.Namespace) -> tuple[list[Image.Image], list[str]]:
-    """The pictures of `ldm generate`, and the text about each."""
-    names = {field.name for field in fields(Settings)} & set(vars(a)) - {"image", "mask", "refiner", "emphasis"}
+def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
+    """What `ldm generate` shall run."""
+    names = {field.name for field in fields(Settings)} & set(vars(a)) - {
+        "prompt",
+        "image",
+        "mask",
+        "refiner",
+        "emphasis",
+    }
     settings = Settings(
         **{name: getattr(a, name) for name in names},
+        prompt=a.prompt[0] if len(a.prompt) == 1 else a.prompt,
         batch_size=a.n,
         image=open_image("--image", a.image),
         mask=open_image("--mask", a.mask),
@@ -137,15 +106,25 @@ def draw(a: argparse.Namespace) -> tuple[list[Image.Image], list[str]]:
         for reader in (pipe, settings.refiner):
             if reader is not None:
                 reader.load_embedding(file, word)
-    options = options_of(a, generate_parser().parse_args([""]))
+    return pipe, settings
+
+
+def draw(a: argparse.Namespace) -> Output:
+    """The pictures of `ldm generate`, which know its options."""
+    pipe, settings = prepared(a)
     out = pipe.run(settings, progress=not a.quiet)
-    return out.images, [parameters(settings, i, im.size, pipe.name, options) for i, im in enumerate(out.images)]
+    return replace(out, options=options_of(a, generate_parser().parse_args([""])))
 
 
 def generate(a: argparse.Namespace) -> None:
     """Make pictures from a prompt, and perhaps from a picture."""
+    if a.plan:
+        pipe, settings = prepared(a)
+        print(pipe.plan_strength(**{field.name: getattr(settings, field.name) for field in fields(Settings)}))
+        return
     check_output(a)
-    save_all(*draw(a), a)
+    for name in draw(a).save(a.output, a.quality, a.max_bytes, a.force):
+        print(name)
 
 
 def info(a: argparse.Namespace) -> None:
@@ -157,7 +136,12 @@ def info(a: argparse.Namespace) -> None:
     rows |= {"negative prompt": negative} if negative is not None else {}
     for name, value in (rows | listed).items():
         print(f"{name:<24}" + str(value).replace("\n", "\n" + 24 * " "))
-    for problem in made.problems:
+    problems = made.problems
+    try:
+        made.check_files()
+    except ValueError as error:
+        problems = [*problems, str(error)]
+    for problem in problems:
         print(f"{'not in the command':<24}{problem}")
     if made.count > 1:
         print(f"{'picture':<24}{made.index + 1} of the {made.count} that the command makes")
@@ -172,8 +156,8 @@ def replay(a: argparse.Namespace) -> None:
         raise ValueError(f"{a.file}: not made by ldm; `ldm info {a.file}` prints the command that comes nearest")
     if made.problems:
         raise ValueError(f"{a.file}: no command makes it again: {'; '.join(made.problems)}")
-    if made.made_with != HERE:
-        print(f"ldm: warning: made with {made.made_with}, this is {HERE}: pixels may differ", file=sys.stderr)
+    if made.made_with != here():
+        print(f"ldm: warning: made with {made.made_with}, this is {here()}: pixels may differ", file=sys.stderr)
     made.check_files()
     again = generate_parser().parse_args(made.argv)
     again.output, again.force, again.quiet = a.output or a.file, a.force, a.quiet
@@ -182,8 +166,10 @@ def replay(a: argparse.Namespace) -> None:
     if a.force and again.output.resolve() == a.file.resolve():
         raise ValueError(f"output {again.output}: it is the picture to replay, give another name")
     check_output(again)
-    images, texts = draw(again)
-    (saved,) = save_all([images[made.index]], [texts[made.index]], again)
+    out = draw(again)
+    rest = (again.output, again.quality, again.max_bytes, again.force)
+    saved = save(out.images[made.index], *rest[:1], out.texts()[made.index], *rest[1:])
+    print(saved)
     if to_rgb(open_picture(saved)).tobytes() != to_rgb(open_picture(a.file)).tobytes():
         print(f"ldm: warning: the pixels are not those of {a.file}", file=sys.stderr)
 
@@ -276,7 +262,7 @@ def choice(name: str) -> dict[str, Any]:
 
 
 def generate_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("prompt", help="what to draw")
+    p.add_argument("prompt", nargs="+", help="what to draw; several, each in quotes: a picture for each")
     p.add_argument(
         "-o",
         "--output",
@@ -356,6 +342,7 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vae-dtype", choices=DTYPES, help="of the VAE (default: as --dtype, but float32 for SDXL's)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="where the model does not say")
+    p.add_argument("--plan", action="store_true", help="say what --strength means here, and draw nothing")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -376,8 +363,8 @@ def main(argv: list[str] | None = None) -> None:
     a = parser().parse_args(argv)
     try:
         a.function(a)
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        sys.exit(f"ldm: error: {error}")
+    except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+        sys.exit(f"ldm: error: {error or 'out of memory: make a smaller picture, or give --tile'}")
     except KeyboardInterrupt:
         sys.exit("ldm: stopped, nothing more was written")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldm.image import to_mask, to_rgb
 from ldm.img2img import Box, crop_box, extended, feathered, fit, new_part, paste, ramp, tiles
-from ldm.settings import Output, Settings
+from ldm.output import Output
+from ldm.settings import Settings
 
 Make = Callable[[Settings], Output]
 Draw = Callable[[Settings, tuple[int, int]], Tensor]  # the initial noise (B,4,h,w) of a picture (width, height)
@@ -27,10 +28,21 @@ class Grid(NamedTuple):
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         return tiles(size, self.side, self.overlap)
 
-    def start(self, noise: Tensor, box: Box) -> dict[str, Any]:
-        """The settings of a tile: its part of the whole noise, which is varied already."""
+    def noise(self, draw: Draw, s: Settings, size: tuple[int, int]) -> Tensor:
+        """The initial noise of the whole canvas."""
+        shape = (size[1] // self.factor, size[0] // self.factor)
+        if s.noise is not None and tuple(s.noise.shape[2:]) != shape:
+            raise ValueError(
+                f"noise has shape {tuple(s.noise.shape)}: a canvas of {size} pixels needs (B,4,{shape[0]},{shape[1]})"
+            )
+        return draw(s, size) if s.noise is None else s.noise
+
+    def start(self, noise: Tensor, box: Box, seed: int) -> dict[str, Any]:
+        """The settings of a tile: its part of the whole noise, which is varied already. Later draws are its own: no
+        two tiles, and no two pictures of a batch, have the same seed."""
         left, top, right, bottom = (side // self.factor for side in box)
-        varied = {"subseed": None, "subseed_strength": 0.0, "seed_resize_from": None}
+        seed = (seed + (top * 2**16 + left) * 0x9E3779B97F4A7C15) % 2**63 if left or top else seed
+        varied = {"subseed": None, "subseed_strength": 0.0, "seed_resize_from": None, "seed": seed}
         return {"noise": noise[..., top:bottom, left:right], "tile": None, "width": None, "height": None} | varied
 
 
@@ -45,13 +57,16 @@ def enlarged(make: Make, s: Settings, size: tuple[int, int], factor: int) -> Out
     size: (width, height) of the small one. Latents are resized as they are; pictures go through the VAE once more.
     """
     width, height = (round(side * s.enlarge) for side in size)
-    second = replace(s, enlarge=1.0, noise=None, width=width, height=height)
+    given = s.image is not None or s.latents is not None
+    # The noise that somebody gives is that of the first run; of the second if there is no other.
+    second = replace(s, enlarge=1.0, noise=s.noise if given else None, tile=None, width=width, height=height)
     if s.image is not None and s.enlarge_filter in PICTURE_FILTERS:
         image = fit(to_rgb(s.image), size, 1)
-        return make(replace(second, image=image.resize((width, height), PICTURE_FILTERS[s.enlarge_filter])))
+        image = image.resize((width, height), PICTURE_FILTERS[s.enlarge_filter])
+        return make(replace(second, image=image, tile=s.tile))
     # At strength 0 a given picture comes back as its latents, without a call of the UNet.
-    given = s.image is not None or s.latents is not None
-    first = make(replace(s, enlarge=1.0, tile=None, strength=0.0 if given else s.strength))
+    plain: dict[str, Any] = {"strength": 0.0, "strength_rule": "floor", "noise": None} if given else {}
+    first = make(replace(s, enlarge=1.0, tile=None, **plain))
     if s.enlarge_filter in LATENT_FILTERS:
         assert first.latents is not None, "of one run"
         z = F.interpolate(
@@ -61,7 +76,7 @@ def enlarged(make: Make, s: Settings, size: tuple[int, int], factor: int) -> Out
     # Each picture has a start of its own now, so that each is a call of its own.
     pictures = [image.resize((width, height), PICTURE_FILTERS[s.enlarge_filter]) for image in first.images]
     pairs = zip(second.each(), pictures, strict=True)
-    return joined(s, (make(replace(one, image=image, latents=None)) for one, image in pairs))
+    return joined(s, (make(replace(one, image=image, latents=None, tile=s.tile)) for one, image in pairs))
 
 
 def only_masked(make: Make, s: Settings, size: tuple[int, int]) -> Output:
@@ -73,10 +88,11 @@ def only_masked(make: Make, s: Settings, size: tuple[int, int]) -> Output:
     made = make(replace(inside, width=size[0], height=size[1], paste_back=False))
     whole = []
     for new in made.images:
+        new = new.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
         canvas = image.copy()
-        canvas.paste(new.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS), box[:2])
-        whole.append(paste(canvas, image, mask) if s.paste_back else canvas)
-    return replace(made, images=whole, settings=s)
+        canvas.paste(paste(new, image.crop(box), mask.crop(box)) if s.paste_back else new, box[:2])
+        whole.append(canvas)
+    return replace(made, images=whole)
 
 
 def outpainted(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid: Grid, soft: bool) -> Output:
@@ -92,14 +108,16 @@ def outpainted(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid:
 
     def painted(one: Settings) -> Output:
         canvas, unknown = fit(image, image.size, grid.factor), fit(new, new.size, grid.factor)
-        noise = draw(one, canvas.size) if one.noise is None else one.noise
+        noise = grid.noise(draw, one, canvas.size)
         boxes, made = grid.boxes(canvas.size), []
         while boxes := [box for box in boxes if unknown.crop(box).getbbox()]:
             box = min(boxes, key=lambda box: sum(unknown.crop(box).histogram()[1:]))
             known, part = canvas.crop(box), unknown.crop(box)
             # At its edge the new part goes on as the canvas was filled, and is free of that only `fade` pixels away.
             mask = feathered(part, fade) if soft else part
-            inside = replace(one, image=known, mask=mask, **grid.start(noise, box), extend=None, paste_back=False)
+            inside = replace(
+                one, image=known, mask=mask, **grid.start(noise, box, one.seeds[0]), extend=None, paste_back=False
+            )
             made.append(make(inside))
             canvas.paste(paste(made[-1].images[0], known, part, fade), box[:2])
             unknown.paste(0, box)
@@ -119,12 +137,14 @@ def in_tiles(make: Make, draw: Draw, s: Settings, size: tuple[int, int], grid: G
 
     def painted(one: Settings) -> Output:
         result = source.copy()
-        noise = draw(one, source.size) if one.noise is None else one.noise
+        noise = grid.noise(draw, one, source.size)
         for box in grid.boxes(source.size):
             part = None if mask is None else mask.crop(box)
             if part is not None and not part.getbbox():
                 continue
-            inside = replace(one, image=source.crop(box), mask=part, mask_blur=0.0, **grid.start(noise, box))
+            inside = replace(
+                one, image=source.crop(box), mask=part, mask_blur=0.0, **grid.start(noise, box, one.seeds[0])
+            )
             result.paste(make(inside).images[0], box[:2], ramp(box, grid.overlap))
         return Output([cut(result, size)], None, one.seeds, one)
 

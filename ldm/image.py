@@ -3,6 +3,9 @@
 import io
 import os
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
+from torch.nn import functional as F
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
 QUALITY = 90  # of the formats that have one, unless somebody says
@@ -90,10 +94,19 @@ def to_mask(mask: Image.Image, blur: float = 0.0) -> Image.Image:
     return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
 
 
-def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
-    """A mask of mode L -> (1,1,height,width) in [0,1], at the size of latents: nearest, as in diffusers."""
+def latent_mask(mask: Image.Image, size: Sequence[int], nearest: bool = False) -> Tensor:
+    """A mask of mode L -> (1,1,height,width) in [0,1], at the size (height, width) of latents, which divides its own.
+
+    Of each latent's pixels the whitest, so that thin lines are not lost; nearest: the first one, as in diffusers.
+    """
     values = torch.from_numpy(np.array(mask))[None, None].float() / 255  # (1,1,H,W)
-    return torch.nn.functional.interpolate(values, size=(height, width), mode="nearest")
+    h, w = size
+    small = F.interpolate(values, (h, w), mode="nearest") if nearest else F.adaptive_max_pool2d(values, (h, w))
+    if small.max() == 0 < values.max():
+        warnings.warn(
+            "the mask is so thin that diffusers' way to shrink it loses it: nothing is repainted", stacklevel=2
+        )
+    return small
 
 
 def read_text(image: Image.Image) -> str | None:
@@ -176,23 +189,68 @@ def encode_within(image: Image.Image, format: str, parameters: str, max_bytes: i
 
 
 def save(
-    image: Image.Image, file: Path, parameters: str, quality: int | None = None, max_bytes: int | None = None
-) -> None:
-    """Write an RGB `image` over what `file` was, in the format of its suffix: .png, .jpg, .jpeg, .webp or .avif.
+    image: Image.Image,
+    file: Path,
+    parameters: str,
+    quality: int | None = None,
+    max_bytes: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Write an RGB `image` as `file`, in the format of its suffix: .png, .jpg, .jpeg, .webp or .avif.
 
-    It appears whole or not at all. parameters: the text about it, as webui keeps it: in PNG the text chunk
-    "parameters", else EXIF's UserComment. quality: 1 to 100, `QUALITY` unless given, with Pillow's other settings.
-    max_bytes: the best quality that fits, see `encode_within`. Raises ValueError for what the format cannot do, and
-    OSError where the file cannot be written.
+    It appears whole or not at all. With `force` over what has that name (or is linked from it); else, if there is
+    something, as heart-2.png, heart-3.png, ...: the name that was taken is returned. parameters: the text about it, as
+    webui keeps it: in PNG the text chunk "parameters", else EXIF's UserComment. quality: 1 to 100, `QUALITY` unless
+    given, with Pillow's other settings. max_bytes: the best quality that fits, see `encode_within`. Raises ValueError
+    for what the format cannot do, and OSError where the file cannot be written.
     """
     format = check_format(file, quality, max_bytes)
     if max_bytes is None:
         data = encode(image, format, parameters, QUALITY if quality is None else quality)
     else:
         data = encode_within(image, format, parameters, max_bytes)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(f".{os.getpid()}.part")
     try:
         part.write_bytes(data)
-        part.replace(file)
+        if force:
+            part.replace(file.resolve())
+            return file
+        for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
+            with suppress(FileExistsError):
+                take(part, name)
+                return name
+        raise AssertionError("there are infinitely many names")
     finally:
         part.unlink(missing_ok=True)
+
+
+def take(part: Path, name: Path) -> None:
+    """Give a file a name that is free, or raise FileExistsError: whoever else looks for a name cannot get the same."""
+    try:
+        os.link(part, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: for a moment there is an empty file
+        name.touch(exist_ok=False)
+        part.replace(name)
+
+
+def save_all(
+    images: list[Image.Image],
+    texts: list[str],
+    file: Path,
+    quality: int | None = None,
+    max_bytes: int | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """`save` each; with `force` over heart.png, heart-2.png, ... Raises ValueError that names those saved before it."""
+    saved: list[Path] = []
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        name = file.with_stem(f"{file.stem}-{i + 1}") if force and i else file
+        try:
+            saved.append(save(image, name, text, quality, max_bytes, force))
+        except (OSError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            kept = f"; saved before it: {', '.join(map(str, saved))}" if saved else ""
+            raise ValueError(f"output {name} cannot be written: {reason}{kept}") from error
+    return saved

@@ -51,6 +51,15 @@ KEYS = {name: key for key, name in NAMES.items()}
 # webui's words for ours
 VALUES: dict[str, dict[Any, str]] = {"emphasis": {"none": "No norm", None: "None"}, "tiling": {"both": "True"}}
 SPACINGS = {"Automatic": None, "Karras": "karras", "Uniform": "linspace"}  # what webui's pictures say
+# webui's keys of what has another name here, and its words.
+UPSCALERS = {"Latent": "latent", "Latent (nearest-exact)": "latent-nearest", "Latent (bicubic)": "latent-bicubic"}
+CONTENTS = {"latent noise": "noise", "latent nothing": "nothing"}
+WEBUI: dict[str, tuple[str, dict[str, str]]] = {
+    "hires_upscale": ("enlarge", {}),
+    "hires_upscaler": ("enlarge_filter", UPSCALERS | {"Lanczos": "lanczos", "Nearest": "nearest"}),
+    "masked_area_padding": ("padding_mask_crop", {}),
+    "masked_content": ("masked_content", CONTENTS),
+}
 FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
@@ -205,6 +214,10 @@ def parse(text: str) -> dict[str, Any]:
         name = str(values.get("sampler", ""))
         if name not in ALIASES and name.endswith(" Karras"):  # as webui wrote it before it had schedule types
             values |= {"sampler": name.removesuffix(" Karras"), "spacing": "Karras"}
+        for theirs, (key, words) in WEBUI.items():
+            if theirs in values:
+                value = values.pop(theirs)
+                values[key] = words.get(str(value), value)
     if "spacing" in values:
         spacing = values.pop("spacing")
         values["sigmas"] = SPACINGS.get(str(spacing), spacing)

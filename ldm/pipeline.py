@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +23,10 @@ from ldm.guidance import guided, handed_over
 from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, upright_size
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
 from ldm.noise import SeededNoise
+from ldm.output import Output
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
 from ldm.seamless import seamless
-from ldm.settings import Output, Settings, check_mask, check_names
+from ldm.settings import Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
 from ldm.vae import VAE, strips
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ldm.lora import Lora
 
 LARGEST = 4096**2  # pixels in one run: attention grows with their square
+LARGEST_CANVAS = 2**28  # pixels of a picture that is made in parts: 0.8 GB each time it is in memory
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
 
@@ -85,6 +88,9 @@ class Pipeline:
         self.tokenizer_2 = tokenizer_2
         self.zero_negative = zero_negative
         self._loras: list[Lora] = []
+        self._embeddings: list[tuple[str, Path]] = []
+        # Of from_pretrained, by the names of the command line's options.
+        self._options: dict[str, Any] = {"model": "<Pipeline>"}
 
     @classmethod
     def from_pretrained(
@@ -126,7 +132,7 @@ class Pipeline:
             raise ValueError(f"prediction_type={prediction_type!r}: use {' or '.join(PREDICTION_TYPES)}")
         parts = checkpoint.load(path, vae, dtype, device, vae_dtype, prediction_type, revision)
         local = Path(path)
-        return cls(
+        pipe = cls(
             parts.unet,
             parts.vae,
             parts.text_encoder,
@@ -139,6 +145,12 @@ class Pipeline:
             parts.tokenizer_2,
             parts.zero_negative,
         )
+        given = {"model": None if path == DEFAULT_MODEL else path, "vae": vae, "revision": revision}
+        types = {"dtype": dtype if dtype != torch.float32 else None, "vae_dtype": vae_dtype}
+        given |= {name: str(value).removeprefix("torch.") for name, value in types.items() if value is not None}
+        given |= {"prediction_type": prediction_type}
+        pipe._options = {name: value for name, value in given.items() if value is not None}
+        return pipe
 
     @property
     def device(self) -> torch.device:
@@ -182,14 +194,26 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
+        made = self._edited(settings, progress, callback)
+        options = dict(self._options)
+        if self.loras:
+            options["lora"] = [(lora.path, lora.scale) for lora in self.loras]
+        if self._embeddings:
+            options["embedding"] = self._embeddings
+        if settings.refiner is not None:
+            options["refiner"] = settings.refiner._options.get("model", DEFAULT_MODEL)
+        return replace(made, settings=settings, seeds=settings.seeds, model=self.name, options=options)
+
+    def _edited(self, s: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
+        """One run, or those of an edit that is several."""
 
         def make(s: Settings) -> Output:
-            return self.run(s, progress, callback)
+            return self._edited(s, progress, callback)
 
         def draw(s: Settings, size: tuple[int, int]) -> Tensor:
             return self._first_noise(s, self._noise(s, size))
 
-        s, size = settings, self._size(settings)
+        size = self._checked_size(s)
         grid = self._grid(s)
         if s.enlarge > 1:
             return enlarged(make, s, size, grid.factor)
@@ -246,7 +270,8 @@ class Pipeline:
 
     def _plan(self, s: Settings) -> StrengthPlan:
         steps = len(s.sigmas) - 1 if isinstance(s.sigmas, Tensor) else s.steps
-        return strength_plan(s.strength, steps, lambda n: self._sigmas(s, n), s.strength_rule, s.mask is not None)
+        masked = s.mask is not None or s.extend is not None
+        return strength_plan(s.strength, steps, lambda n: self._sigmas(s, n), s.strength_rule, masked)
 
     def _tiled(self, tiling: str | None) -> "Pipeline":
         """This pipeline, on the same weights, with nets that wrap around."""
@@ -262,7 +287,9 @@ class Pipeline:
         word: the file's own unless given. Raises `ldm.checkpoint.CheckpointError`, a ValueError, for a file that is no
         embedding for this model, or a word that is taken; nothing is changed then.
         """
-        return load_embedding(Path(path), word, self._encoders())
+        word = load_embedding(Path(path), word, self._encoders())
+        self._embeddings.append((word, Path(path)))
+        return word
 
     def _encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
         both = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
@@ -309,17 +336,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _begin(self, s: Settings) -> Run:
-        size, factor = self._size(s), self.vae.config.factor
-        if size[0] * size[1] > LARGEST:
-            raise ValueError(
-                f"{size[0]}x{size[1]} pixels in one run: up to {LARGEST:,} are made; give width= and height=, or, with"
-                " an image, tile= (the model's native size is good)"
-            )
-        if s.tiling is not None and (size[0] % factor or size[1] % factor):
-            raise ValueError(
-                f"tiling={s.tiling!r} at {size[0]}x{size[1]}: the edges would not join after the cut to that size;"
-                f" give width and height as multiples of {factor}"
-            )
+        size, factor = self._checked_size(s), self.vae.config.factor
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
         mask = None if s.mask is None else fit(self._mask(s), size, factor)
         start = s.latents if picture is None else picture
@@ -345,7 +362,7 @@ class Pipeline:
             x = first * ((1 + sigmas[0] ** 2) ** 0.5 if self._vp(s) or spacing == "leading" else sigmas[0])
         else:
             if mask is not None and s.masked_content in ("noise", "nothing"):
-                m = latent_mask(mask, *noise.shape[1:]).to(self.device)
+                m = self._latent_mask(s, mask, noise.shape)
                 z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
             x = z + sigmas[0] * first
 
@@ -357,7 +374,7 @@ class Pipeline:
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
-            kept = z, latent_mask(mask, *noise.shape[1:]).to(self.device)
+            kept = z, self._latent_mask(s, mask, noise.shape)
             if s.blend == "x0":
                 denoise = keep_outside(denoise, *kept)
         options = {"eta": s.eta} if s.eta else {}
@@ -410,8 +427,8 @@ class Pipeline:
         hidden, visible = torch.ones(1, 1, *noise.shape[1:]), torch.zeros(1, 3, height, width)
         if mask is not None and picture is not None:
             mask = mask.point(lambda value: 255 * (value >= 128))
-            hidden = latent_mask(mask, *noise.shape[1:])
-            visible = to_tensor(picture) * (1 - latent_mask(mask, height, width))
+            hidden = latent_mask(mask, noise.shape[1:], nearest=True)
+            visible = to_tensor(picture) * (1 - latent_mask(mask, (height, width), nearest=True))
         z = self._encode(visible, noise)
         return torch.cat([hidden.to(self.device).expand(len(z), -1, -1, -1), z], dim=1)
 
@@ -483,6 +500,25 @@ class Pipeline:
             height, width = (side * self.vae.config.factor for side in s.latents.shape[-2:])
         return (width if s.width is None else s.width), (height if s.height is None else s.height)
 
+    def _checked_size(self, s: Settings) -> tuple[int, int]:
+        """`_size`, if the pictures that it leads to can be made."""
+        factor, size = self.vae.config.factor, self._size(s)
+        left, top, right, bottom = s.extend or (0, 0, 0, 0)
+        width, height = round(size[0] * s.enlarge) + left + right, round(size[1] * s.enlarge) + top + bottom
+        parts = s.tile is not None or s.extend is not None or s.padding_mask_crop is not None
+        if width * height > (limit := LARGEST_CANVAS if parts else LARGEST):
+            how = "pixels" if parts else "pixels in one run"
+            raise ValueError(
+                f"{width}x{height} {how}: up to {limit:,} are made; give width= and height=, or, with an image, tile="
+                " (the model's native size is good)"
+            )
+        if s.tiling is not None and (width % factor or height % factor):
+            raise ValueError(
+                f"tiling={s.tiling!r} at {width}x{height}: the edges would not join after the cut to that size;"
+                f" give a size in multiples of {factor}"
+            )
+        return size
+
     def _grid(self, s: Settings) -> Grid:
         factor, tile = self.vae.config.factor, s.tile or self.size
         overlap = tile // 4 // factor * factor if s.tile_overlap is None else s.tile_overlap
@@ -517,6 +553,10 @@ class Pipeline:
         if mask.getbbox() is None:
             warnings.warn("the mask is black everywhere: nothing is repainted; white is what is", stacklevel=2)
         return mask
+
+    def _latent_mask(self, s: Settings, mask: Image.Image, shape: tuple[int, ...]) -> Tensor:
+        """(1,1,h,w): whatever a mask touches is repainted; but as diffusers has it, with its blending."""
+        return latent_mask(mask, shape[1:], nearest=s.blend == "noise").to(self.device)
 
     def _start_latents(
         self, s: Settings, start: Image.Image | Tensor, shape: tuple[int, ...], noise: SeededNoise | None

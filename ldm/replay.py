@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ INPUTS = ("image", "mask", "model", "vae", "refiner")
 REPEATED = ("lora", "embedding")
 # Fields that tell about the picture and are no options.
 TOLD = {"size", "model_name", "refiner_name", "version", "torch", "files", "batch_pos"}
-TOLD |= {"model_hash", "vae_hash", "lora_hashes", "ti_hashes", "hashes"}  # webui's
+TOLD |= {"inpaint_area", "model_hash", "vae_hash", "lora_hashes", "ti_hashes", "hashes"}  # webui's
 
 
 def fingerprint(path: Path) -> str:
@@ -44,16 +45,19 @@ def fingerprint(path: Path) -> str:
 
 
 def options_of(a: argparse.Namespace, default: argparse.Namespace) -> dict[str, Any]:
-    """What a picture's text has to say beside `ldm.Settings`: options that are not at their default, and what the files
-    among them were."""
-    told = {"n", "prompt", "output", "force", "quiet"} | set(ldm.Settings.__dataclass_fields__) - set(INPUTS)
-    options = {
+    """What a picture's text has to say beside `ldm.Settings`: options that are not at their default."""
+    told = {"n", "prompt", "output", "force", "quiet", "plan"} | set(ldm.Settings.__dataclass_fields__) - set(INPUTS)
+    return {
         key: getattr(a, key) for key, value in vars(default).items() if getattr(a, key) != value and key not in told
     }
+
+
+def with_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """And what the files among them are now."""
     paths = [options[key] for key in INPUTS if key in options]
     paths += [path for path, _ in options.get("lora", [])] + [path for _, path in options.get("embedding", [])]
     files = {str(path): fingerprint(Path(path)) for path in paths if Path(path).exists()}  # not those on the hub
-    return options | ({"files": files} if files else {})
+    return dict(options) | ({"files": files} if files else {})
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Recipe:
         for path, was in self.files.items():
             if not Path(path).exists():
                 raise ValueError(
-                    f"{path} does not exist: the picture was made from it; put it back, or go to the folder"
+                    f"{path} does not exist here: the picture was made from it; put it back, or go to the folder from"
+                    " which that name leads to it"
                 )
             if (now := fingerprint(Path(path))) != was:
                 raise ValueError(f"{path} has changed since the picture was made from it: sha256 {was} then, {now} now")
@@ -90,7 +95,8 @@ def made_with(version: object, torch_version: object) -> str:
     return f"{version}, torch {torch_version}"
 
 
-HERE = made_with(f"ldm {ldm.__version__}", torch.__version__)
+def here() -> str:
+    return made_with(f"ldm {ldm.__version__}", torch.__version__)
 
 
 def shell_quote(word: str) -> str:
@@ -135,6 +141,10 @@ def spelled(key: str, value: Any, action: argparse.Action) -> list[str]:
     return [*chain(*([f"{option}={w[0]}"] if len(w) == 1 and w[0].startswith("-") else [option, *w] for w in words))]
 
 
+def is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
 def recipe(text: str, parser: argparse.ArgumentParser) -> Recipe:
     """What makes a picture again. parser: of `ldm generate`'s arguments."""
     values, listed = parse(text), split(text)[2]
@@ -162,22 +172,23 @@ def recipe(text: str, parser: argparse.ArgumentParser) -> Recipe:
     prompt, index, count = values["prompt"], values.get("batch_pos", 0), values.get("batch_size", 1)
     if isinstance(values.get("seed"), tuple) and count == 1:  # a picture for each
         count = len(values["seed"])
-    if not isinstance(prompt, str):
-        problems.append(f"Prompts: {listed['Prompts']} (a list, which only Python can give)")
-        prompt = split(text)[0]
-    elif not (isinstance(index, int) and isinstance(count, int) and 0 <= index < count):
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if is_texts(prompt) else [split(text)[0]]
+    count = count * len(prompts) if isinstance(count, int) else count
+    if not (isinstance(index, int) and isinstance(count, int) and 0 <= index < count):
         problems.append(f"Batch pos: {index} (not in a batch of {count})")
         index, count = 0, 1
     if not ours:
         if "Model" in listed:
             problems.append(f"Model: {listed['Model']} (where it is here is for you to say, --model FILE)")
-        if "strength" in values:
+        if "strength" in values and "enlarge" not in values:
             problems.append("the picture it started from (not in the text, --image FILE)")
-        if "<lora:" in prompt:
+        if any(key in values for key in ("mask_blur", "masked_content", "padding_mask_crop")):
+            problems.append("its mask (not in the text, --mask FILE)")
+        if "<lora:" in prompts[0]:
             problems.append("<lora:...> in the prompt (given here as --lora FILE:SCALE)")
     files = values.get("files")
     return Recipe(
-        [*argv, "--", prompt] if prompt.startswith("-") else [prompt, *argv],
+        [*argv, "--", *prompts] if any(prompt.startswith("-") for prompt in prompts) else [*prompts, *argv],
         index,
         count,
         files if isinstance(files, dict) else {},

@@ -370,14 +370,3 @@ class Settings:
         if isinstance(self.sampler, str):
             return ALIASES.get(self.sampler, self.sampler)
         return getattr(self.sampler, "__name__", repr(self.sampler))
-
-
-@dataclass(frozen=True, eq=False)
-class Output:
-    """images: PIL, RGB. latents (B,4,h,w) float32 in the VAE's scale (scaling_factor * z); None where the pictures are
-    put together of several runs, as in tiles."""
-
-    images: list[Image.Image]
-    latents: Tensor | None
-    seeds: list[int]
-    settings: Settings

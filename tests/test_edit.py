@@ -142,6 +142,32 @@ class TestInpaint:
             torch.testing.assert_close(x[content][..., 0], x["fill"][..., 0])
 
 
+@pytest.mark.parametrize("box", [(21, 21, 23, 23), (0, 21, 70, 22), (33, 0, 34, 51)])
+def test_thin_masks(pipe, picture, box):
+    """Thinner than a latent, and still what is in them follows the prompt; all around stays."""
+    mask = Image.new("L", picture.size)
+    mask.paste(255, box)
+    a, b = (array(pipe(p, image=picture, mask=mask, strength=1, **QUICK).images[0]) for p in ("fire", "a blue sea"))
+    inside = array(mask) > 0
+    assert np.abs(a - b)[inside].mean() > 5
+    assert np.array_equal(a[~inside], array(picture)[~inside])
+    with pytest.warns(UserWarning, match="so thin that diffusers' way"):
+        line = Image.new("L", picture.size)
+        line.paste(255, (0, 21, 70, 22))
+        pipe("fire", image=picture, mask=line, blend="noise", **QUICK)
+
+
+@pytest.mark.parametrize(
+    "edit", [{}, {"enlarge": 1.5}, {"extend": (8, 0, 0, 0)}, {"tile": 32}, {"padding_mask_crop": 2}]
+)
+def test_output_knows_the_call(pipe, picture, mask, edit):
+    settings = {"image": picture, "seed": 7, "batch_size": 2} | edit
+    settings |= {"mask": mask} if "padding_mask_crop" in edit else {}
+    out = pipe(HEART, **settings, **QUICK)
+    assert out.seeds == [7, 8] and out.model == pipe.name
+    assert {name: getattr(out.settings, name) for name in settings} == settings
+
+
 def test_mask_of_nothing(pipe, picture):
     with pytest.warns(UserWarning, match="the mask is black everywhere: nothing is repainted; white is what is"):
         out = pipe(HEART, image=picture, mask=Image.new("L", picture.size), **QUICK)
@@ -236,6 +262,51 @@ class TestEnlarge:
         out = pipe(HEART, enlarge=2, enlarge_filter=how, strength=0.5, **settings)
         assert torch.equal(out.latents, second.latents) and np.array_equal(out.images[0], second.images[0])
 
+    def test_in_tiles(self, pipe, evaluations):
+        """Also of a picture that is made first."""
+        edit = {"enlarge": 2, "enlarge_filter": "lanczos", "tile": 64, "strength": 0.5}
+        out = pipe(HEART, batch_size=2, steps=2, progress=False, **edit)
+        assert [image.size for image in out.images] == [(128, 128)] * 2 and out.latents is None
+        assert len(evaluations) == 2 + 2 * len(tiles((128, 128), 64, 16))
+        again = pipe(HEART, latents=pipe(HEART, steps=2, progress=False).latents, steps=2, progress=False, **edit)
+        assert np.array_equal(again.images[0], out.images[0])
+
+    @pytest.mark.parametrize("rule", ["webui", "comfy", "floor"])
+    def test_a_given_picture_costs_what_is_planned(self, pipe, picture, evaluations, rule):
+        settings = {"strength": 0.5, "strength_rule": rule, "steps": 4}
+        pipe(HEART, image=picture, enlarge=2, **settings, progress=False)
+        assert len(evaluations) == pipe.plan_strength(**settings).evaluations
+
+    def test_noise(self, pipe, picture):
+        """Of the run that is there: of the larger size for a given picture, else of the first one's."""
+        for how in ("latent", "lanczos"):
+            edit = {"enlarge": 2, "enlarge_filter": how, "steps": 2, "progress": False}
+            zero, one = (pipe(HEART, image=picture, noise=n * torch.ones(1, 4, 26, 35), **edit) for n in (0, 1))
+            assert not np.array_equal(zero.images[0], one.images[0])
+            zero, one = (pipe(HEART, noise=n * torch.ones(1, 4, 16, 16), **edit) for n in (0, 1))
+            assert not np.array_equal(zero.images[0], one.images[0])
+            with pytest.raises(ValueError, match=r"noise has shape \(1, 4, 2, 2\)"):
+                pipe(HEART, image=picture, noise=torch.zeros(1, 4, 2, 2), **edit)
+        for edit in ({"tile": 32}, {"extend": (9, 0, 0, 0)}):
+            with pytest.raises(ValueError, match=r"noise has shape \(1, 4, 2, 2\): a canvas of "):
+                pipe(HEART, image=picture, noise=torch.zeros(1, 4, 2, 2), **edit, **QUICK)
+
+    def test_sizes_are_checked_first(self, pipe, evaluations):
+        for edit in (
+            {"tiling": "both", "enlarge": 1.3},
+            {"enlarge": 100},
+            {"enlarge": 1e30, "enlarge_filter": "lanczos"},
+        ):
+            with pytest.raises(
+                ValueError, match=r"tiling='both' at 83x83: the edges|pixels in one run: up to 16,777,216"
+            ):
+                pipe(HEART, **edit, **QUICK)
+        image = Image.new("RGB", (8, 8))
+        for edit in ({"extend": (10**10, 0, 0, 0)}, {"tile": 64, "width": 10**5, "height": 10**5}):
+            with pytest.raises(ValueError, match="pixels: up to 268,435,456 are made"):
+                pipe(HEART, image=image, **edit, **QUICK)
+        assert not evaluations
+
     def test_picture(self, pipe, picture, evaluations):
         """At strength 0 only the resizing and the VAE; any size."""
         bigger = picture.resize((119, 87), Image.Resampling.LANCZOS)
@@ -257,6 +328,36 @@ class TestEnlarge:
         assert np.array_equal(pipe(HEART, image=bigger, **settings).images[0], out.images[0])
         same = pipe(HEART, image=picture, enlarge=2, enlarge_filter="lanczos", **settings)
         assert same.images[0].size == (140, 102)
+
+    def test_tiles_share_the_noise(self, pipe, picture, monkeypatch):
+        """x at the start of each tile is its latents with its part of the noise of the whole, also a varied one."""
+        for vary in ({}, {"subseed": 7, "subseed_strength": 0.3}, {"seed_resize_from": (64, 64)}):
+            noises = []
+            real = pipe._run
+
+            def spied(s, *rest, noises=noises, real=real):
+                noises.append(s.noise)
+                return real(s, *rest)
+
+            with monkeypatch.context() as m:
+                m.setattr(pipe, "_run", spied)
+                edits = {"tile": 64, "tile_overlap": 32, "seed": 5, **vary}
+                pipe(HEART, image=picture, width=96, height=72, **edits, **QUICK)
+            s = ldm.Settings(seed=5, **vary)
+            whole = pipe._first_noise(s, pipe._noise(s, (96, 72)))
+            boxes = tiles((96, 72), 64, 32)
+            assert len(noises) == len(boxes) == 4
+            for noise, (left, top, right, bottom) in zip(noises, boxes, strict=True):
+                assert torch.equal(noise, whole[..., top // 4 : bottom // 4, left // 4 : right // 4])
+
+    def test_tiles_draw_on_their_own(self, pipe):
+        """Fresh noise is not the same in every tile: those of a flat picture are no more alike than pictures are."""
+        flat = Image.new("RGB", (192, 192), "grey")
+        settings = {"tile": 64, "tile_overlap": 0, "sampler": "ddim", "eta": 1.0, "strength": 0.9, "guidance_scale": 1}
+        out = array(pipe("", image=flat, steps=6, **settings, progress=False).images[0])
+        parts = [out[y : y + 64, x : x + 64].ravel() for y in (0, 64, 128) for x in (0, 64, 128)]
+        alike = np.corrcoef(np.stack(parts))[np.triu_indices(9, 1)]
+        assert alike.mean() < 0.15  # 0.07; 0.25 if all tiles draw the same
 
     def test_one_tile_is_no_tile(self, pipe, picture):
         whole, tile = (pipe(HEART, image=picture, tile=side, **QUICK).images[0] for side in (None, 72))

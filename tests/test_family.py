@@ -288,6 +288,19 @@ def test_only_masked(made, kind):
     assert difference.max() <= 2
 
 
+@pytest.mark.parametrize("kind", ["SD 1", "SD 1 inpainting", "SDXL inpainting", "SD 2 v"])
+def test_outpainting(made, kind, monkeypatch):
+    """The picture stays, in every kind. An inpainting model is shown the hard mask, any other grows the new part out of
+    what the canvas was filled with."""
+    pipe, image, masks = made(kind, "ddim")[0], photo(50, 44), []
+    real = pipe._run
+    monkeypatch.setattr(pipe, "_run", lambda s, *rest: masks.append(np.asarray(s.mask)) or real(s, *rest))
+    out = pipe(CAT, image=image, extend=(40, 7, 3, 0), strength=1.0, steps=2, progress=False).images[0]
+    assert out.size == (93, 51) and np.array_equal(out.crop((40, 7, 90, 51)), image)
+    levels = set(np.unique(np.concatenate([mask.ravel() for mask in masks])))
+    assert (levels == {0, 255}) == (pipe.unet.config.in_channels == 9) and len(masks) == 2
+
+
 def test_sizes_of_inpainting(made):
     pipe, reference = made("SDXL inpainting", "euler")
     common = {"prompt": CAT, "negative_prompt": RED, "strength": 0.6}

@@ -1,6 +1,7 @@
 """Pictures in and out: what a viewer shows of a file is what the net gets."""
 
 import io
+import os
 import resource
 import struct
 import zlib
@@ -20,6 +21,7 @@ from ldm.image import (
     open_picture,
     read_text,
     save,
+    save_all,
     to_images,
     to_mask,
     to_rgb,
@@ -179,12 +181,22 @@ def test_to_images_rounds_and_clips():
     assert [r for r, _, _ in pixels(images[1])] == expected.tolist() == [0, 0, 0, 128, 242, 255, 255]
 
 
-def test_mask_is_nearest_at_latent_size():
+def test_mask_at_latent_size():
     mask = Image.new("L", (16, 8), 0)
     mask.paste(255, (8, 0, 16, 4))
-    assert latent_mask(mask, 2, 4).tolist() == [[[[0, 0, 1, 1], [0, 0, 0, 0]]]]
-    mask.putpixel((0, 0), 51)
-    assert latent_mask(mask, 2, 4)[0, 0, 0, 0] == 0.2
+    assert latent_mask(mask, (2, 4)).tolist() == [[[[0, 0, 1, 1], [0, 0, 0, 0]]]]
+    mask.putpixel((2, 1), 51)  # not the first of its latent's pixels
+    assert latent_mask(mask, (2, 4))[0, 0, 0, 0] == 0.2
+    assert latent_mask(mask, (2, 4), nearest=True)[0, 0, 0, 0] == 0
+
+
+def test_thin_masks():
+    """A line of one pixel is repainted; where diffusers' way loses it there is a warning."""
+    mask = Image.new("L", (16, 8), 0)
+    mask.paste(255, (0, 3, 16, 4))
+    assert latent_mask(mask, (2, 4)).tolist() == [[[[1, 1, 1, 1], [0, 0, 0, 0]]]]
+    with pytest.warns(UserWarning, match="so thin that diffusers' way to shrink it loses it: nothing is repainted"):
+        assert latent_mask(mask, (2, 4), nearest=True).max() == 0
 
 
 @pytest.mark.parametrize(
@@ -225,7 +237,7 @@ TEXT = "a heart ♥ 猫 😀\nNegative prompt: ü\nSteps: 20"
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_save(tmp_path, suffix):
     image, file = photograph(), tmp_path / f"a{suffix}"
-    save(image, file, TEXT)
+    save(image, file, TEXT, force=True)
     with Image.open(file) as read:
         assert read.format == {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix.lower(), suffix[1:].upper())
         assert read_text(read) == TEXT
@@ -233,7 +245,7 @@ def test_save(tmp_path, suffix):
     assert error.max() == 0 if suffix.lower() == ".png" else 0 < error.mean() < 10
     assert [file.name for file in tmp_path.iterdir()] == [f"a{suffix}"]
     before = file.read_bytes()
-    save(image, file, TEXT)
+    save(image, file, TEXT, force=True)
     assert file.read_bytes() == before  # the same picture is the same file
 
 
@@ -280,17 +292,17 @@ def test_quality(tmp_path, suffix):
     image, file = photograph(), tmp_path / f"a{suffix}"
     sizes, errors = [], []
     for quality in (1, 50, 90, 100):
-        save(image, file, "", quality)
+        save(image, file, "", quality, force=True)
         sizes.append(file.stat().st_size)
         errors.append(np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(image)).mean())
     assert sizes == sorted(set(sizes)) and errors == sorted(errors, reverse=True)
-    save(image, file, "")
+    save(image, file, "", force=True)
     assert file.stat().st_size == sizes[2]  # 90 is the default
 
 
 def test_the_colour_of_a_jpeg(tmp_path):
     for quality, sampling in ((89, 2), (90, 0), (None, 0)):  # 4:2:0 and 4:4:4
-        save(photograph(), tmp_path / "a.jpg", "", quality)
+        save(photograph(), tmp_path / "a.jpg", "", quality, force=True)
         with Image.open(tmp_path / "a.jpg") as read:
             assert JpegImagePlugin.get_sampling(read) == sampling
 
@@ -304,7 +316,7 @@ def test_the_best_quality_that_fits(tmp_path, suffix):
     sizes = [len(data) for data in every]
     assert min(sizes) > 2 * side  # the text counts
     for budget in (sizes[0], sizes[0] + 1, sizes[30], sizes[60] - 1, sizes[98], max(sizes), 10**9):
-        save(image, file, "x" * side, max_bytes=budget)
+        save(image, file, "x" * side, max_bytes=budget, force=True)
         data = file.read_bytes()
         assert len(data) <= budget and data in every
         best = max(quality for quality, other in enumerate(every) if other == data)
@@ -328,7 +340,7 @@ def test_a_png_fits_or_does_not(tmp_path):
     file = tmp_path / "a.png"
     save(photograph(), file, TEXT)
     size = file.stat().st_size
-    save(photograph(), file, TEXT, max_bytes=size)
+    save(photograph(), file, TEXT, max_bytes=size, force=True)
     with pytest.raises(ValueError, match=rf"max_bytes={size - 1}: .* take {size} bytes as PNG"):
         save(photograph(), file, TEXT, max_bytes=size - 1)
 
@@ -379,7 +391,7 @@ def test_save_that_is_interrupted(tmp_path, monkeypatch, error, there, suffix):
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(type(error)):
-        save(photograph(), kept, "")
+        save(photograph(), kept, "", force=True)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(kept.name, b"old")] * there
 
 
@@ -391,7 +403,7 @@ def test_a_disk_that_takes_only_so_much(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
     try:
         with pytest.raises(OSError):
-            save(photograph(), kept, "")
+            save(photograph(), kept, "", force=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.png", b"old")]
@@ -402,8 +414,47 @@ def test_a_place_that_cannot_be_written(tmp_path):
         save(photograph(), tmp_path / "none" / "a.png", "")
     (tmp_path / "a.png").mkdir()
     with pytest.raises(OSError):
-        save(photograph(), tmp_path / "a.png", "")
+        save(photograph(), tmp_path / "a.png", "", force=True)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_names(tmp_path):
+    """Nothing is written over without being told; several pictures are numbered either way; links are followed."""
+    file, names = tmp_path / "a.png", ["a.png", "a-2.png", "a-3.png", "a-4.png"]
+    assert [save(photograph(), file, str(i)).name for i in range(2)] == names[:2]
+    two = [photograph()] * 2
+    assert [name.name for name in save_all(two, ["2", "3"], file)] == names[2:]
+    assert [name.name for name in save_all(two, ["4", "5"], file, force=True)] == names[:2]
+    assert [read_text(Image.open(tmp_path / name)) for name in names] == ["4", "5", "2", "3"]
+    (tmp_path / "link.png").symlink_to("a.png")
+    assert save(photograph(), tmp_path / "link.png", "6", force=True).is_symlink()
+    assert read_text(Image.open(file)) == "6" and len(list(tmp_path.iterdir())) == 5
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    """As on a memory card."""
+
+    def link(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    assert [save(photograph(), tmp_path / "a.png", TEXT).name for _ in range(2)] == ["a.png", "a-2.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-2.png", "a.png"]
+    assert read_text(Image.open(tmp_path / "a-2.png")) == TEXT
+
+
+def test_nothing_has_the_name_before_it_is_whole(tmp_path, monkeypatch):
+    """However the process ends while it works or writes."""
+    seen = []
+    write = Path.write_bytes
+
+    def watched(path, data):
+        seen.append(sorted(file.name for file in tmp_path.iterdir()))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", watched)
+    save(photograph(), tmp_path / "a.webp", TEXT, max_bytes=2000)
+    assert seen == [[]]
 
 
 def saved(tmp_path, image, format, **options):

@@ -21,7 +21,7 @@ from ldm import parameters as module
 from ldm.__main__ import generate_parser
 from ldm.image import save
 from ldm.parameters import parameters, parse, read, split
-from ldm.replay import fingerprint, options_of, recipe, shell_quote
+from ldm.replay import fingerprint, options_of, recipe, shell_quote, with_files
 from ldm.samplers import SPACINGS, euler
 from ldm.settings import CHOICES
 
@@ -84,7 +84,6 @@ def test_lists():
     assert Settings(**back).seeds == s.seeds and Settings(**back).texts == s.texts
     assert sorted(recipe(text, generate_parser()).problems) == [
         "Negative prompt: ('', 'x') (a list, which only Python can give)",
-        'Prompts: ["a", "b, c"] (a list, which only Python can give)',
         "Sigmas: [0.10000000149011612, 0.009999999776482582, 0.0] (a tensor, which only Python can give)",
     ]
 
@@ -204,7 +203,7 @@ def test_any_settings_come_back(tmp_path_factory, s, index, suffix):
     index %= s.batch_size
     text = written(s, index)
     file = tmp_path_factory.getbasetemp() / f"x{suffix}"
-    save(PICTURE, file, text)
+    save(PICTURE, file, text, force=True)
     assert read(file) == text
     values, defaults = parse(text), {field.name: field.default for field in fields(Later)}
     for name in ("image", "mask"):  # their files are the command line's to name
@@ -290,7 +289,7 @@ def test_a_picture_of_webui():
         "<lora:...> in the prompt (given here as --lora FILE:SCALE)",
     ]
     a = generate_parser().parse_args(made.argv)
-    assert (a.prompt, a.negative_prompt, a.steps, a.sampler, a.sigmas) == (prompt, negative, 25, "euler", "karras")
+    assert (a.prompt, a.negative_prompt, a.steps, a.sampler, a.sigmas) == ([prompt], negative, 25, "euler", "karras")
     assert (a.seed, a.n, a.width, a.height, a.strength, a.clip_skip) == (965400085, 2, 512, 768, 0.4, 2)
 
 
@@ -304,6 +303,33 @@ def test_what_webui_can_and_this_version_cannot():
     old = parse("a\nSteps: 5, Sampler: Euler Karras, CFG scale: 7, Seed: 1, Size: 8x8")
     assert (old["sampler"], old["sigmas"]) == ("euler", "karras")
     assert parse("a\nSteps: 5, Sampler: Euler, Schedule type: Automatic, Seed: 1")["sigmas"] is None
+
+
+def test_pictures_that_webui_enlarged_or_inpainted():
+    line = "Steps: 5, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 8x8, Denoising strength: 0.7"
+    made = recipe(f"a\n{line}, Hires upscale: 2, Hires upscaler: Latent (bicubic)", generate_parser())
+    assert not made.problems  # it began with text
+    a = generate_parser().parse_args(made.argv)
+    assert (a.enlarge, a.enlarge_filter, a.strength, a.width, a.height) == (2, "latent-bicubic", 0.7, 8, 8)
+    area = "Masked content: latent noise, Inpaint area: Only masked, Masked area padding: 32, Mask blur: 4"
+    made = recipe(f"a\n{line}, {area}", generate_parser())
+    assert made.problems == [
+        "the picture it started from (not in the text, --image FILE)",
+        "its mask (not in the text, --mask FILE)",
+    ]
+    a = generate_parser().parse_args(made.argv)
+    assert (a.mask_blur, a.masked_content, a.padding_mask_crop) == (4, "noise", 32)
+
+
+@pytest.mark.parametrize("prompts", [["a", "b, c"], ["-a", "b"], ["--steps", "Negative prompt: x", "a\nb"]])
+def test_prompts(prompts):
+    """Several on the command line: a picture of each."""
+    s = Settings(prompts, batch_size=2, seed=3)
+    for index in range(2 * len(prompts)):
+        made = recipe(written(s, index), generate_parser())
+        assert not made.problems and (made.index, made.count) == (index, 2 * len(prompts))
+        a = generate_parser().parse_args(made.argv)
+        assert (a.prompt, a.n, a.seed) == (prompts, 2, 3)
 
 
 def test_a_prompt_alone():
@@ -377,7 +403,7 @@ def inputs(tmp_path, monkeypatch):
 
 def test_no_option_is_forgotten():
     options = {action.dest for action in generate_parser()._actions}
-    assert options - set(OPTIONS) == {"prompt", "help", "output", "force", "quiet"}
+    assert options - set(OPTIONS) == {"prompt", "help", "output", "force", "quiet", "plan"}
     assert not set(OPTIONS) - options
 
 
@@ -394,7 +420,7 @@ def test_every_option_comes_back(inputs, option, prompt, monkeypatch):
     if a.refiner is not None:
         arguments["refiner"] = argparse.Namespace(name="r")
     s = Settings(**arguments)
-    options = options_of(a, generate_parser().parse_args([""]))
+    options = with_files(options_of(a, generate_parser().parse_args([""])))
     for index in range(s.count):
         made = recipe(written(s, index, options=options), generate_parser())
         assert not made.problems and (made.index, made.count) == (index, s.count)
@@ -419,7 +445,7 @@ def test_words_for_a_shell(word):
 
 def test_files_that_changed(inputs):
     a = generate_parser().parse_args(["a", "--image", "in put.png", "--lora", "7:0.5"])
-    options = options_of(a, generate_parser().parse_args([""]))
+    options = with_files(options_of(a, generate_parser().parse_args([""])))
     made = recipe(written(Settings("a", image=PICTURE), options=options), generate_parser())
     assert set(made.files) == {"in put.png", "7"}
     made.check_files()
@@ -427,7 +453,7 @@ def test_files_that_changed(inputs):
     with pytest.raises(ValueError, match=r"7 has changed since the picture was made from it: sha256 \w{10} then"):
         made.check_files()
     Path("7").unlink()
-    with pytest.raises(ValueError, match="7 does not exist: the picture was made from it"):
+    with pytest.raises(ValueError, match="7 does not exist here: the picture was made from it"):
         made.check_files()
 
 

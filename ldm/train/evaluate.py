@@ -158,7 +158,7 @@ def contact_sheet(pipe: Pipeline, prompts: list[str], file: Path) -> None:
         write.multiline_text(
             (x + side // 2, y + side), "\n".join(lines), "black", font, "ma", spacing=1, align="center"
         )
-    save(sheet, file, "\n".join(prompts))
+    save(sheet, file, "\n".join(prompts), force=True)
 
 
 def plot_loss(logs: dict[str, Path], file: Path) -> None:
