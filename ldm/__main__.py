@@ -281,7 +281,7 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance-scale", type=float, default=7.5, metavar="S", help="1 is no guidance (default 7.5)")
     p.add_argument("--sampler", default="euler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default euler)")
     p.add_argument("--sigmas", choices=SPACINGS, help="how the steps are spaced (default: as the sampler's reference)")
-    p.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default 0)")
+    p.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1 (default: the sampler's own)")
     p.add_argument(
         "--guidance-rescale", type=float, default=0.0, metavar="R", help="tame strong guidance, 0 to 1 (default 0)"
     )

@@ -1,6 +1,7 @@
 """A picture as the start: the strength's plan, the part that a mask keeps, the canvas that is painted on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ldm.samplers.denoiser import Denoiser, Prediction
-from ldm.samplers.step import Step
+from ldm.samplers.step import Steps, after
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as PIL's crop takes it
 
@@ -122,15 +123,15 @@ def keep_outside(denoise: Denoiser, latents: Tensor, mask: Tensor) -> Denoiser:
     return denoise_inside
 
 
-def renoise_outside(steps: Iterator[Step], latents: Tensor, noise: Tensor, mask: Tensor) -> Iterator[Step]:
-    """After each step, what the mask keeps is latents + sigma_next * noise again, as in diffusers.
-
-    The sampler goes on from the x that it has yielded, which is changed here in place.
-    """
-    for step in steps:
-        known = latents + step.sigma_next.to(noise) * noise
-        step.x.copy_(mask * step.x + (1 - mask) * known)
-        yield step
+def renoise_outside(steps: Steps, latents: Tensor, noise: Tensor, mask: Tensor) -> Steps:
+    """After each step, what the mask keeps is latents + sigma_next * noise again, as in diffusers."""
+    sent = None
+    with suppress(StopIteration):
+        while True:
+            step = steps.send(sent)
+            known = latents + step.sigma_next.to(noise) * noise
+            step = step._replace(x=mask * step.x + (1 - mask) * known)
+            sent = after(step, (yield step))
 
 
 def fill(image: Image.Image, mask: Image.Image) -> Image.Image:

@@ -20,7 +20,8 @@ class SeededNoise:
         self.device = device
         self.draws = 0
 
-    def __call__(self) -> Tensor:
+    def __call__(self, sigma: Tensor | None = None, sigma_next: Tensor | None = None) -> Tensor:
+        """The next draw (B,*shape), whatever the sigmas are."""
         self.draws += 1
         draws = [torch.randn(self.shape, generator=generator) for generator in self.generators]
         return torch.stack(draws).to(self.device)

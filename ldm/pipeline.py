@@ -3,7 +3,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +24,7 @@ from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, uprigh
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
 from ldm.noise import SeededNoise
 from ldm.output import Output
-from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, net_denoiser
+from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, Steps, net_denoiser
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     x: Tensor
     sigmas: Tensor
-    steps: Iterator[Step]
+    steps: Steps
     size: tuple[int, int]
     picture: Image.Image | None = None
     mask: Image.Image | None = None
@@ -247,7 +247,7 @@ class Pipeline:
             images = [paste(image, run.picture, run.mask) for image in images]
         return Output([image.crop((0, 0, *run.size)) for image in images], latents, settings.seeds, settings)
 
-    def stream(self, prompt: str | list[str] = "", **settings: Any) -> Iterator[Step]:
+    def stream(self, prompt: str | list[str] = "", **settings: Any) -> Steps:
         """The same call as the sampler's own loop: lazily what `__call__` would have shown its callback.
 
         `settings` as for `__call__`, without progress and callback: whoever looks at the steps is both. The loop goes
@@ -354,7 +354,7 @@ class Pipeline:
             # Where nothing is run, the picture comes back: no noise of any kind. Else, as in diffusers, the first draw.
             z = self._start_latents(s, start, noise.shape, noise if len(sigmas) else None)
         if not len(sigmas):
-            return Run(z, sigmas, iter(()), size, picture, mask)
+            return Run(z, sigmas, nothing(), size, picture, mask)
         first = self._first_noise(s, noise) if s.noise is None else s.noise.to(self.device, torch.float32)  # (B,4,h,w)
         if tuple(first.shape) != (s.count, *noise.shape):
             raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
@@ -377,8 +377,7 @@ class Pipeline:
             kept = z, self._latent_mask(s, mask, noise.shape)
             if s.blend == "x0":
                 denoise = keep_outside(denoise, *kept)
-        options = {"eta": s.eta} if s.eta else {}
-        steps = without_grad(s.sampler_function(denoise, x, sigmas, noise, **options))
+        steps = without_grad(s.sampler_function(denoise, x, sigmas, noise, **s.options))
         if kept is not None and s.blend == "noise":
             steps = renoise_outside(steps, kept[0], first, kept[1])
         return Run(x, sigmas, steps, size, picture, mask, kept)
@@ -573,9 +572,13 @@ class Pipeline:
 
 
 @torch.no_grad()
-def without_grad(steps: Iterator[Step]) -> Iterator[Step]:
+def without_grad(steps: Steps) -> Steps:
     """The sampler's loop runs without gradients, its consumer as it likes."""
     yield from steps
+
+
+def nothing() -> Steps:
+    yield from ()
 
 
 def finite(values: Tensor, part: str) -> Tensor:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import NoneType
@@ -124,7 +124,8 @@ class Settings:
         "bicubic", "lanczos", and goes through image to image at `strength`.
     tile: the side in pixels of the tiles in which an image is done that is larger than one, and the canvas of `extend`
         (there, None is the model's native size). tile_overlap: pixels that neighbours share; None: a quarter.
-    eta: the share of fresh noise in DDIM, 0 to 1.
+    eta: the share of fresh noise, 0 to 1; None: the sampler's own, 0 in ddim and 1 in the ancestral ones.
+    sampler_options: further arguments of the sampler, {"s_churn": 10}.
     guidance_rescale: 0 to 1, tames strong guidance in models with v prediction (Lin et al. 2023 take 0.7).
     original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) and (top, left) in
         pixels, as in diffusers; sizes of None are the picture's own. aesthetic_score, negative_aesthetic_score: its
@@ -165,7 +166,8 @@ class Settings:
     tile_overlap: int | None = None
     latents: Tensor | None = field(default=None, repr=False)
     noise: Tensor | None = field(default=None, repr=False)
-    eta: float = 0.0
+    eta: float | None = None
+    sampler_options: Mapping[str, Any] | None = None
     guidance_rescale: float = 0.0
     original_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] = (0, 0)
@@ -189,13 +191,14 @@ class Settings:
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
         shares = ("guidance_rescale", "refiner_start", "subseed_strength")
         scores = ("aesthetic_score", "negative_aesthetic_score")
-        for name in ("strength", "eta", "guidance_scale", "mask_blur", "enlarge", *shares, *scores):
+        for name in ("strength", "guidance_scale", "mask_blur", "enlarge", *shares, *scores):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength}: give a number from 0 (the image) to 1 (all new)")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta}: give a number from 0 (DDIM) to 1 (DDPM)")
+        eta = self.eta
+        if eta is not None and (isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1):
+            raise ValueError(f"eta={eta!r}: give a number from 0 (DDIM) to 1 (DDPM)")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale}: give a number; 1 is no guidance")
         for name in shares:
@@ -289,8 +292,15 @@ class Settings:
             raise ValueError(f"subseed_strength={self.subseed_strength} without a subseed: give subseed= as well")
         if self.noise is not None and (self.subseed_strength or self.seed_resize_from is not None):
             raise ValueError("noise takes the place of what subseed_strength and seed_resize_from vary: leave it out")
-        if self.eta and "eta" not in inspect.signature(self.sampler_function).parameters:
-            raise ValueError(f"eta={self.eta}: the sampler {self.sampler_name!r} has no eta; use 'ddim', or eta=0")
+        if not isinstance(self.sampler_options, (Mapping, NoneType)):
+            raise ValueError(f"sampler_options={self.sampler_options!r}: give a dictionary of the sampler's arguments")
+        if self.eta is not None and "eta" in (self.sampler_options or {}):
+            raise ValueError("eta and sampler_options['eta'] say the same: give one of them")
+        known = self.accepted_options
+        for name in self.options:
+            if known is not None and name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has no options"
+                raise ValueError(f"{name}={self.options[name]}: the sampler {self.sampler_name!r} has no {name}; {has}")
 
     def _check_edits(self) -> None:
         """Raises ValueError for edits that lack what they edit, or that cannot be one call together."""
@@ -360,6 +370,22 @@ class Settings:
     def subseeds(self) -> list[int]:
         """A subseed for each picture; none without `subseed`."""
         return [] if self.subseed is None else counted(self.subseed, self.count)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the sampler is given beside its four arguments. eta 0 is nothing to a sampler without fresh noise."""
+        eta = {} if self.eta is None else {"eta": self.eta}
+        if self.eta == 0 and "eta" not in (self.accepted_options or ["eta"]):
+            eta = {}
+        return dict(self.sampler_options or {}) | eta
+
+    @property
+    def accepted_options(self) -> list[str] | None:
+        """The names of the sampler's own options; None: any."""
+        parameters = list(inspect.signature(self.sampler_function).parameters.values())[4:]
+        if any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return None
+        return [p.name for p in parameters]
 
     @property
     def sampler_function(self) -> Sampler:

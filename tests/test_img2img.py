@@ -187,7 +187,9 @@ def test_outside_stays_on_its_path(sampler):
 
 def test_outside_with_fresh_noise():
     sigmas = schedule.sigmas(20, "leading")
-    steps = list(ddim(keep_outside(dream, LATENTS, MASK), LATENTS + sigmas[0] * NOISE, sigmas, lambda: NOISE, eta=1.0))
+    steps = list(
+        ddim(keep_outside(dream, LATENTS, MASK), LATENTS + sigmas[0] * NOISE, sigmas, lambda *_: NOISE, eta=1.0)
+    )
     assert torch.equal(steps[-1].x[OUTSIDE], LATENTS[OUTSIDE])
 
 

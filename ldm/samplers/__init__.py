@@ -1,23 +1,36 @@
 """Samplers: generator functions that own their loop, `sampler(denoise, x, sigmas, noise, **options)`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from ldm.samplers.ddim import ddim
+from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
-from ldm.samplers.euler import euler
+from ldm.samplers.euler import euler, euler_ancestral
 from ldm.samplers.schedule import SPACINGS, Schedule
-from ldm.samplers.step import Noise, Step, intervals
+from ldm.samplers.step import Noise, Step, Steps, after, intervals
 
-Sampler = Callable[..., Iterator[Step]]
+Sampler = Callable[..., Steps]
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "euler": euler}
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+}
 
 # The spellings of webui and of diffusers.
-ALIASES = {"DDIM": "ddim", "DDIMScheduler": "ddim", "Euler": "euler", "EulerDiscreteScheduler": "euler"}
+ALIASES = {
+    "DDIM": "ddim",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "Euler": "euler",
+    "EulerDiscreteScheduler": "euler",
+    "Euler a": "euler_ancestral",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+}
 
 # Defined on the variance-preserving process: their references space "leading", start from noise of unit variance in
 # that process's scale and end at the sigma of t = 0. The others space "linspace", start from sigma * noise, end at 0.
-VARIANCE_PRESERVING = {ddim}
+VARIANCE_PRESERVING = {ddim, ddpm}
 
 __all__ = [
     "ALIASES",
@@ -31,8 +44,12 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Step",
+    "Steps",
+    "after",
     "ddim",
+    "ddpm",
     "euler",
+    "euler_ancestral",
     "intervals",
     "net_denoiser",
 ]

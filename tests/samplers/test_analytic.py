@@ -8,7 +8,7 @@ import torch
 from samplers.reference import gaussian, mixture
 from torch import Tensor
 
-from ldm.samplers import SAMPLERS, SPACINGS, Denoiser, Prediction, Schedule, ddim, euler
+from ldm.samplers import SPACINGS, Denoiser, Prediction, Schedule, ddim, euler
 
 MEAN, STD = 0.7, 0.8
 
@@ -39,7 +39,7 @@ def test_ddim_is_euler(spacing, end, denoise):
         assert (a.x - b.x).abs().max() <= 1e-6 * b.x.abs().max()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("sampler", [ddim, euler])
 def test_steps_show_what_happened(sampler):
     """Step i: from sigma to sigma_next, the prediction that splits the x it started from, and the x it went to."""
     sigmas = schedule.sigmas(7, "karras")
@@ -78,7 +78,7 @@ def assert_distributed(x: Tensor, mean: float, std: float) -> None:
 def sample(denoise: Denoiser, x: Tensor, sigmas: Tensor, eta: float) -> Tensor:
     generator = torch.Generator().manual_seed(3)
 
-    def noise() -> Tensor:
+    def noise(*_: Tensor) -> Tensor:
         return torch.randn(len(x), generator=generator, dtype=torch.float64)
 
     *_, last = ddim(denoise, x, sigmas, noise, eta)

@@ -47,7 +47,7 @@ def run(
     net: MixtureNet,
     x: Tensor,
     sigmas: Tensor,
-    noise: Callable[[], Tensor] | None = None,
+    noise: Callable[..., Tensor] | None = None,
     log: bool = False,
     **options: float,
 ) -> list[Tensor]:
@@ -111,7 +111,8 @@ def test_ddim_diffusers(spacing, eta, steps, prediction_type):
     net = MixtureNet(prediction_type)
     sigmas = schedule.sigmas(steps, spacing, end=schedule.sigma_min)
     scales = (1 + sigmas**2) ** 0.5
-    noise = iter(draws[1:]).__next__ if eta > 0 else None  # eta 0 draws nothing
+    fresh = iter(draws[1:])
+    noise = (lambda *_: next(fresh)) if eta > 0 else None  # eta 0 draws nothing
     xs = run(ddim, net, draws[0] * scales[0], sigmas, noise, eta=eta)
     assert_equal([x / scale for x, scale in zip(xs, scales, strict=True)], theirs)
     assert net.ts == their_net.ts
