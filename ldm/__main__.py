@@ -1,6 +1,7 @@
 """The command line: `ldm "a red heart" -o heart.png` is short for `ldm generate "a red heart" -o heart.png`."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -57,6 +58,17 @@ def worded(text: str) -> tuple[str | None, Path]:
     return (word, Path(file)) if word and not Path(text).exists() else (None, Path(text))
 
 
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, a number or a word."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def seeds(text: str) -> int | list[int]:
     """N or N,N,..."""
     numbers = [int(number) for number in text.split(",")]
@@ -84,6 +96,7 @@ def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
         "mask",
         "refiner",
         "emphasis",
+        "sampler_options",
     }
     settings = Settings(
         **{name: getattr(a, name) for name in names},
@@ -91,6 +104,7 @@ def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
         batch_size=a.n,
         image=open_image("--image", a.image),
         mask=open_image("--mask", a.mask),
+        sampler_options=None if a.sampler_options is None else dict(a.sampler_options),
         emphasis=None if a.emphasis == "off" else a.emphasis,
     )
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
@@ -282,6 +296,9 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sampler", default="euler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default euler)")
     p.add_argument("--sigmas", choices=SPACINGS, help="how the steps are spaced (default: as the sampler's reference)")
     p.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1 (default: the sampler's own)")
+    p.add_argument(
+        "--sampler-options", type=option, nargs="+", metavar="NAME=VALUE", help="its further arguments, s_churn=10"
+    )
     p.add_argument(
         "--guidance-rescale", type=float, default=0.0, metavar="R", help="tame strong guidance, 0 to 1 (default 0)"
     )

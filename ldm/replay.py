@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ def spelled(key: str, value: Any, action: argparse.Action) -> list[str]:
         words = [[f"{path}:{scale!r}"] for path, scale in value]
     elif key == "embedding":
         words = [[path if word is None else f"{word}={path}"] for word, path in value]
+    elif key == "sampler_options" and isinstance(value, dict) and value:
+        words = [[f"{name}={json.dumps(part)}" for name, part in value.items()]]
     elif action.nargs is None:
         words = [["off" if value is None else str(value)]]
     else:

@@ -149,7 +149,10 @@ def options(settings):
     for name, value in settings.items():
         option = "--" + name.replace("_", "-")
         files = {"image": "in.png", "mask": "mask.png", "refiner": str(DEFAULT_MODEL)}
-        values = value if isinstance(value, tuple) else [files.get(name, value)]
+        if isinstance(value, dict):
+            values = [f"{key}={part}" for key, part in value.items()]
+        else:
+            values = value if isinstance(value, tuple) else [files.get(name, value)]
         argv += [option.replace("--", "--no-")] if value is False else [option, *map(str, values)]
     return argv
 
@@ -198,6 +201,7 @@ def test_every_setting(pipe, capsys):
     # What is several runs, and each kind by itself.
     common = {"image": settings["image"], "steps": 2, "strength": 0.5}
     others = [
+        {"sampler": "euler", "sampler_options": {"s_churn": 1.5, "s_noise": 1}},
         {"mask": settings["mask"], "padding_mask_crop": 4},
         {"extend": (0, 8, 16, 0), "extend_fill": "mirror"},
         {"enlarge": 1.5, "enlarge_filter": "lanczos", "tile": 32, "tile_overlap": 16},
@@ -205,7 +209,7 @@ def test_every_setting(pipe, capsys):
     for i, other in enumerate(others):
         main(["fire", "-o", f"{i}.png", "--quiet", *options(common | other)])
         assert pixels(f"{i}.png") == pixels(pipe("fire", **common, **other, progress=False).images[0])
-    settings |= others[0] | others[1] | others[2]
+    settings |= others[0] | others[1] | others[2] | others[3]
     written = Image.open("x.png").text["parameters"]
     for line in ("Emphasis: No norm", 'Original size: "[64, 48]"', 'Crops coords top left: "[1, 2]"', "Clip skip: 2"):
         assert line in written
@@ -260,7 +264,7 @@ def test_help(capsys):
     [
         (["--steps", "0"], "ldm: error: steps=0: give a whole number from 1 to 1000"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--sampler", "eular"], "ldm: error: unknown sampler 'eular': use ddim, euler"),
+        (["--sampler", "eular"], "ldm: error: unknown sampler 'eular': use ddim, ddpm, euler"),
         (["--sigmas", "karas"], "argument --sigmas: invalid choice: 'karas'"),
         (["--strength", "2"], "ldm: error: strength=2.0: give a number from 0"),
         (["--guidance-scale", "nan"], "ldm: error: guidance_scale=nan"),
@@ -513,7 +517,7 @@ def test_replay_of_what_cannot_be(capsys):
     assert "ldm: error: webui.jpg: not made by ldm; `ldm info webui.jpg`" in fails(capsys, "replay", "webui.jpg")
     main(["info", "webui.jpg"])
     said = capsys.readouterr().out
-    assert f"{'not in the command':<24}Sampler: Restart (not among ddim, euler" in said
+    assert f"{'not in the command':<24}Sampler: Restart (not among ddim, ddpm" in said
     assert "ldm generate --output=webui.jpg a --steps 5 --guidance-scale 7 --seed 1 --width 8 --height 8" in said
     both = ldm.Settings(["a", "b"], negative_prompt=["x", "y"])
     save(image, Path("python.png"), parameters(both, 1, (8, 8), "m"))

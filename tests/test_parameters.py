@@ -346,6 +346,7 @@ OPTIONS = {
     "sampler": ["--sampler", "ddim"],
     "sigmas": ["--sigmas", "karras"],
     "eta": ["--sampler", "ddim", "--eta", "0.1"],
+    "sampler_options": ["--sampler-options", "s_churn=10", "s_noise=0.30000000000000004"],
     "guidance_rescale": ["--guidance-rescale", "0.30000000000000004"],
     "seed": ["--seed", "18446744073709551610,3"],
     "n": ["-n", "3"],
@@ -416,6 +417,7 @@ def test_every_option_comes_back(inputs, option, prompt, monkeypatch):
     names = {field.name for field in fields(Settings)}
     arguments = {k: v for k, v in vars(a).items() if k in names - {"image", "mask", "refiner"}}
     arguments |= {"batch_size": a.n, "emphasis": None if a.emphasis == "off" else a.emphasis}
+    arguments["sampler_options"] = a.sampler_options and dict(a.sampler_options)
     arguments |= {k: PICTURE for k in ("image", "mask") if getattr(a, k) is not None}
     if a.refiner is not None:
         arguments["refiner"] = argparse.Namespace(name="r")
