@@ -28,10 +28,17 @@ def restart(
     Steps show the prediction of the first, and the noise that x was given before it.
     segments: (N_restart, K, t_min, t_max) as in the paper's tables, K times N_restart steps from t_max to t_min on top
     of those of `sigmas`; both ends are taken to the nearest of `sigmas`. None is webui's choice, which keeps to the
-    number of steps: from 20 on, (9, 1, 0.1, 2), from 36 on (steps // 4, 2, 0.1, 2), and karras between for the rest.
+    number of steps: from 20 on, (9, 1, 0.1, 2), from 36 on (steps // 4, 2, 0.1, 2), and karras spacing for the rest.
+    Raises ValueError for a segment of no steps or that does not go up.
     """
     if segments is None:
         sigmas, segments = within(sigmas)
+    for n, k, t_min, t_max in segments:
+        if n < 1 or k < 0 or not t_min < t_max:
+            raise ValueError(
+                f"segment {(n, k, t_min, t_max)}: give (N_restart, K, t_min, t_max), N_restart 1 or more steps,"
+                " K 0 or more times, and t_min below t_max"
+            )
     sigma_now = sigmas[0]
     for i, (sigma, sigma_next) in enumerate(restarted(sigmas, segments)):
         x, fresh = noised(x, s_noise * (sigma**2 - sigma_now**2) ** 0.5, noise, sigma_now, sigma)

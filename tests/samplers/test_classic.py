@@ -1,5 +1,6 @@
 """Heun, DPM-Solver-2, linear multistep, restart, and Euler with noise: beside the references, and on paper."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -386,9 +387,9 @@ def test_eta_0_draws_nothing():
 
 
 def test_restart_segments():
-    """K times from the sigma nearest to t_max to the one nearest to t_min, N steps each, wherever they are listed."""
+    """K times N_restart steps from the sigma nearest to t_max to that nearest to t_min; none where those are one."""
     sigmas = torch.tensor([10.0, 5.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
-    segments = [(3, 1, 0.45, 2.2), (2, 2, 2.1, 9.0), (1, 1, 5.0, 2.0), (4, 0, 1.0, 2.0)]
+    segments = [(3, 1, 0.45, 2.2), (2, 2, 2.1, 9.0), (1, 1, 4.9, 5.1), (4, 0, 1.0, 2.0)]
     steps = list(restart(gaussian(MEAN, STD), normal(4), sigmas, lambda *_: normal(4), segments))
     half = ((10 ** (1 / 7) + 2 ** (1 / 7)) / 2) ** 7
     a, b = (((2 ** (1 / 7) * (3 - j) + 0.5 ** (1 / 7) * j) / 3) ** 7 for j in (1, 2))
@@ -398,3 +399,9 @@ def test_restart_segments():
     assert [(float(step.sigma), float(step.sigma_next)) for step in steps] == [pytest.approx(p) for p in expected]
     assert [step.i for step in steps if step.noise is not None] == [2, 4, 8]
     assert {float(s) for step in steps for s in step[1:3]} >= {10.0, 5.0, 2.0, 1.0, 0.5, 0.0}
+
+
+@pytest.mark.parametrize("segment", [(0, 1, 0.1, 2.0), (3, -1, 0.1, 2.0), (3, 1, 2.0, 0.1), (3, 1, 2.0, 2.0)])
+def test_restart_segment_refused(segment):
+    with pytest.raises(ValueError, match=re.escape(f"segment {segment}: give (N_restart, K, t_min, t_max)")):
+        next(restart(gaussian(MEAN, STD), normal(4), SIGMAS, None, [segment]))
