@@ -513,7 +513,7 @@ def test_replay_of_what_cannot_be(capsys):
     assert "ldm: error: webui.jpg: not made by ldm; `ldm info webui.jpg`" in fails(capsys, "replay", "webui.jpg")
     main(["info", "webui.jpg"])
     said = capsys.readouterr().out
-    assert f"{'not in the command':<24}Sampler: DPM fast (not among ddim, euler" in said
+    assert f"{'not in the command':<24}Sampler: DPM fast (not among ddim, ddpm" in said
     assert "ldm generate --output=webui.jpg a --steps 5 --guidance-scale 7 --seed 1 --width 8 --height 8" in said
     both = ldm.Settings(["a", "b"], negative_prompt=["x", "y"])
     save(image, Path("python.png"), parameters(both, 1, (8, 8), "m"))
