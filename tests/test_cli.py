@@ -512,12 +512,12 @@ def test_replay_warns(picture, capsys):
 
 
 def test_replay_of_what_cannot_be(capsys):
-    image, line = Image.new("RGB", (8, 8)), "Steps: 5, Sampler: Restart, CFG scale: 7, Seed: 1, Size: 8x8"
+    image, line = Image.new("RGB", (8, 8)), "Steps: 5, Sampler: DPM fast, CFG scale: 7, Seed: 1, Size: 8x8"
     save(image, Path("webui.jpg"), f"a\n{line}, Version: v1.10.1")
     assert "ldm: error: webui.jpg: not made by ldm; `ldm info webui.jpg`" in fails(capsys, "replay", "webui.jpg")
     main(["info", "webui.jpg"])
     said = capsys.readouterr().out
-    assert f"{'not in the command':<24}Sampler: Restart (not among ddim, ddpm" in said
+    assert f"{'not in the command':<24}Sampler: DPM fast (not among ddim, ddpm" in said
     assert "ldm generate --output=webui.jpg a --steps 5 --guidance-scale 7 --seed 1 --width 8 --height 8" in said
     both = ldm.Settings(["a", "b"], negative_prompt=["x", "y"])
     save(image, Path("python.png"), parameters(both, 1, (8, 8), "m"))

@@ -294,9 +294,9 @@ def test_a_picture_of_webui():
 
 
 def test_what_webui_can_and_this_version_cannot():
-    line = "Steps: 5, Sampler: Restart, Schedule type: Turbo, CFG scale: 7, Seed: 1, Size: 8x8, Emphasis: Original"
+    line = "Steps: 5, Sampler: DPM fast, Schedule type: Turbo, CFG scale: 7, Seed: 1, Size: 8x8, Emphasis: Original"
     assert recipe(f"a\n{line}", generate_parser()).problems == [
-        f"Sampler: Restart (not among {', '.join(SAMPLERS)})",
+        f"Sampler: DPM fast (not among {', '.join(SAMPLERS)})",
         "Emphasis: Original (not among mean, none, off)",
         f"Sigmas: Turbo (not among {', '.join(SPACINGS)})",
     ]

@@ -4,7 +4,11 @@ from collections.abc import Callable
 
 from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
+from ldm.samplers.dpm_2 import dpm_2, dpm_2_ancestral
 from ldm.samplers.euler import euler, euler_ancestral
+from ldm.samplers.heun import heun
+from ldm.samplers.lms import lms
+from ldm.samplers.restart import restart
 from ldm.samplers.schedule import SPACINGS, Schedule
 from ldm.samplers.step import Noise, Step, Steps, after, intervals
 
@@ -15,6 +19,11 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpm_2": dpm_2,
+    "dpm_2_ancestral": dpm_2_ancestral,
+    "lms": lms,
+    "restart": restart,
 }
 
 # The spellings of webui and of diffusers.
@@ -26,6 +35,15 @@ ALIASES = {
     "EulerDiscreteScheduler": "euler",
     "Euler a": "euler_ancestral",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "Heun": "heun",
+    "HeunDiscreteScheduler": "heun",
+    "DPM2": "dpm_2",
+    "KDPM2DiscreteScheduler": "dpm_2",
+    "DPM2 a": "dpm_2_ancestral",
+    "KDPM2AncestralDiscreteScheduler": "dpm_2_ancestral",
+    "LMS": "lms",
+    "LMSDiscreteScheduler": "lms",
+    "Restart": "restart",
 }
 
 # Defined on the variance-preserving process: their references space "leading", start from noise of unit variance in
@@ -48,8 +66,13 @@ __all__ = [
     "after",
     "ddim",
     "ddpm",
+    "dpm_2",
+    "dpm_2_ancestral",
     "euler",
     "euler_ancestral",
+    "heun",
     "intervals",
+    "lms",
     "net_denoiser",
+    "restart",
 ]
