@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
+from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from ldm.samplers.euler import euler, euler_ancestral
 from ldm.samplers.schedule import SPACINGS, Schedule
 from ldm.samplers.step import Noise, Step, Steps, after, intervals
@@ -13,6 +14,11 @@ Sampler = Callable[..., Steps]
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_sde": dpmpp_sde,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
 }
@@ -22,6 +28,13 @@ ALIASES = {
     "DDIM": "ddim",
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
+    "DPM++ 2M": "dpmpp_2m",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ 2S a": "dpmpp_2s_ancestral",
+    "DPM++ 3M SDE": "dpmpp_3m_sde",
+    "DPM++ SDE": "dpmpp_sde",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
     "Euler": "euler",
     "EulerDiscreteScheduler": "euler",
     "Euler a": "euler_ancestral",
@@ -48,6 +61,11 @@ __all__ = [
     "after",
     "ddim",
     "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
     "euler",
     "euler_ancestral",
     "intervals",
