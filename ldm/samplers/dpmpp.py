@@ -116,7 +116,9 @@ def dpmpp_3m_sde(
 ) -> Steps:
     """k-diffusion's DPM++ 3M SDE: x0 along a parabola through the last three. For eta 0 DPM-Solver++(3M).
 
-    The first step is of order 1, the second of order 2: that of `dpmpp_2m_sde` with solver_type "heun".
+    The first step is of order 1, the second of order 2: that of `dpmpp_2m_sde` with solver_type "heun". D1 and D2 are
+    h x0' and h^2 x0'' / 2, and phi_3 is the weight of h^2 x0'': as in both references D2 counts half of what it should,
+    and the order is 2. With 2 phi_3 it would be 3.
     """
     x0s: list[Tensor] = []  # the last two, the latest first, and so their steps
     hs: list[Tensor] = []
@@ -131,7 +133,8 @@ def dpmpp_3m_sde(
                 D1_1 = (x0s[0] - x0s[1]) / r_1
                 D2 = (D1 - D1_1) / (r_0 + r_1)
                 D1 = D1 + r_0 * D2
-                x = x - (phi_2(h_eta) / h_eta - 0.5) * D2
+                phi_3 = phi_2(h_eta) / h_eta - 0.5
+                x = x - phi_3 * D2
             x = x + phi_2(h_eta) * D1
         x0s, hs = [prediction.x0, *x0s[:1]], [h, *hs[:1]]
         x, fresh = noised(x, sde_std(sigma, sigma_next, eta) * s_noise, noise, sigma, sigma_next)

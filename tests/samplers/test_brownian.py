@@ -1,6 +1,7 @@
 """Noise along one Brownian path per seed."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_increments_are_independent():
     """Of each other where they do not overlap; else they share what they overlap in."""
     noise = brownian(0)
     ends = np.geomspace(HIGH, LOW, 9)
-    parts = [noise(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [noise(a, b) for a, b in pairwise(ends)]
     for i, a in enumerate(parts):
         for b in parts[:i]:
             assert abs(correlation(a, b)) < 4 / math.sqrt(COUNT)
@@ -66,8 +67,8 @@ def test_the_same_path_at_any_refinement():
     """Whatever was asked before, and in whatever order."""
     coarse, fine, backwards = brownian(0), brownian(0), brownian(0)
     ends = np.linspace(HIGH, LOW, 65)
-    parts = [increment(fine, a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    for i, (a, b) in enumerate(zip(ends[:-1:8], ends[8::8], strict=True)):
+    parts = [increment(fine, a, b) for a, b in pairwise(ends)]
+    for i, (a, b) in enumerate(pairwise(ends[::8])):
         torch.testing.assert_close(sum(parts[8 * i : 8 * i + 8]), increment(coarse, a, b), rtol=0, atol=1e-6)
     for i in range(63, 0, -9):
         assert torch.equal(increment(backwards, ends[i], ends[i + 1]), parts[i])
