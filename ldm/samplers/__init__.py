@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
+from ldm.samplers.dpm_adaptive import dpm_adaptive
 from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from ldm.samplers.euler import euler, euler_ancestral
 from ldm.samplers.schedule import SPACINGS, Schedule
@@ -14,6 +15,7 @@ Sampler = Callable[..., Steps]
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "dpm_adaptive": dpm_adaptive,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
@@ -28,6 +30,7 @@ ALIASES = {
     "DDIM": "ddim",
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
+    "DPM adaptive": "dpm_adaptive",
     "DPM++ 2M": "dpmpp_2m",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "DPM++ 2M SDE": "dpmpp_2m_sde",
@@ -61,6 +64,7 @@ __all__ = [
     "after",
     "ddim",
     "ddpm",
+    "dpm_adaptive",
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "dpmpp_2s_ancestral",
