@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ldm.samplers.brownian import Brownian
 from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
 from ldm.samplers.dpm_adaptive import dpm_adaptive
@@ -46,14 +47,19 @@ ALIASES = {
 
 # Defined on the variance-preserving process: their references space "leading", start from noise of unit variance in
 # that process's scale and end at the sigma of t = 0. The others space "linspace", start from sigma * noise, end at 0.
-VARIANCE_PRESERVING = {ddim, ddpm}
+VARIANCE_PRESERVING: set[Sampler] = {ddim, ddpm}
+
+# Their noise is taken along one Brownian path per picture, as in k-diffusion, whatever the steps are.
+BROWNIAN: set[Sampler] = {dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde}
 
 __all__ = [
     "ALIASES",
+    "BROWNIAN",
     "PREDICTION_TYPES",
     "SAMPLERS",
     "SPACINGS",
     "VARIANCE_PRESERVING",
+    "Brownian",
     "Denoiser",
     "Noise",
     "Prediction",
