@@ -33,7 +33,6 @@ ALIASES = {
     "DDPMScheduler": "ddpm",
     "DPM adaptive": "dpm_adaptive",
     "DPM++ 2M": "dpmpp_2m",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
     "DPM++ 2M SDE": "dpmpp_2m_sde",
     "DPM++ 2S a": "dpmpp_2s_ancestral",
     "DPM++ 3M SDE": "dpmpp_3m_sde",
