@@ -24,7 +24,19 @@ from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, uprigh
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
 from ldm.noise import SeededNoise
 from ldm.output import Output
-from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, Steps, net_denoiser
+from ldm.samplers import (
+    BROWNIAN,
+    PREDICTION_TYPES,
+    VARIANCE_PRESERVING,
+    Brownian,
+    Denoiser,
+    Noise,
+    Sampler,
+    Schedule,
+    Step,
+    Steps,
+    net_denoiser,
+)
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
@@ -377,7 +389,10 @@ class Pipeline:
             kept = z, self._latent_mask(s, mask, noise.shape)
             if s.blend == "x0":
                 denoise = keep_outside(denoise, *kept)
-        steps = without_grad(s.sampler_function(denoise, x, sigmas, noise, **s.options))
+        fresh: Noise = noise
+        if self._is_of(s, BROWNIAN):
+            fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
+        steps = without_grad(s.sampler_function(denoise, x, sigmas, fresh, **s.options))
         if kept is not None and s.blend == "noise":
             steps = renoise_outside(steps, kept[0], first, kept[1])
         return Run(x, sigmas, steps, size, picture, mask, kept)
@@ -469,8 +484,12 @@ class Pipeline:
         return self.unet.config.in_channels > self.unet.config.out_channels
 
     def _vp(self, s: Settings) -> bool:
-        """Whether the sampler is of the variance-preserving kind; a functools.partial of a sampler counts as it."""
-        return getattr(s.sampler_function, "func", s.sampler_function) in VARIANCE_PRESERVING
+        """Whether the sampler is of the variance-preserving kind."""
+        return self._is_of(s, VARIANCE_PRESERVING)
+
+    def _is_of(self, s: Settings, kind: set[Sampler]) -> bool:
+        """Whether the sampler is one of them; a functools.partial of a sampler counts as it."""
+        return getattr(s.sampler_function, "func", s.sampler_function) in kind
 
     def _spacing(self, s: Settings) -> str | None:
         """The name of the schedule's spacing, if it has one."""

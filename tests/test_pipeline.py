@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 import ldm
 from ldm.pipeline import DEFAULT_MODEL
-from ldm.samplers import SAMPLERS, Schedule, ddim, euler
+from ldm.samplers import SAMPLERS, Brownian, Schedule, ddim, dpmpp_sde, euler
 
 HEART, CAT = "a red heart, noto style", "grinning cat, twemoji style"
 
@@ -213,6 +213,18 @@ class TestSeeds:
         before = torch.get_rng_state()
         pipe(HEART, steps=1, sampler="ddim", eta=1.0, progress=False)
         assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize(
+        "sampler", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", functools.partial(dpmpp_sde, r=0.3)]
+    )
+    @pytest.mark.parametrize("steps", [3, 7])
+    def test_the_noise_of_sdes_is_one_path(self, pipe, picture, sampler, steps):
+        settings = {"sampler": sampler, "steps": steps, "seed": 4, "batch_size": 2, "image": picture, "strength": 0.7}
+        *loop, last = pipe.stream(HEART, **settings)
+        assert loop and last.noise is None
+        path = Brownian([4, 5], loop[0].x.shape[1:], loop[0].sigma, last.sigma)
+        for step in loop:
+            assert torch.equal(step.noise, path(step.sigma, step.sigma_next))
 
 
 class TestVariations:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+from ldm.samplers.brownian import Brownian
 from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
 from ldm.samplers.dpm_2 import dpm_2, dpm_2_ancestral
+from ldm.samplers.dpm_adaptive import dpm_adaptive
+from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from ldm.samplers.euler import euler, euler_ancestral
 from ldm.samplers.heun import heun
 from ldm.samplers.lms import lms
@@ -17,6 +20,12 @@ Sampler = Callable[..., Steps]
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "dpm_adaptive": dpm_adaptive,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_sde": dpmpp_sde,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "heun": heun,
@@ -31,6 +40,13 @@ ALIASES = {
     "DDIM": "ddim",
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
+    "DPM adaptive": "dpm_adaptive",
+    "DPM++ 2M": "dpmpp_2m",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ 2S a": "dpmpp_2s_ancestral",
+    "DPM++ 3M SDE": "dpmpp_3m_sde",
+    "DPM++ SDE": "dpmpp_sde",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
     "Euler": "euler",
     "EulerDiscreteScheduler": "euler",
     "Euler a": "euler_ancestral",
@@ -48,14 +64,19 @@ ALIASES = {
 
 # Defined on the variance-preserving process: their references space "leading", start from noise of unit variance in
 # that process's scale and end at the sigma of t = 0. The others space "linspace", start from sigma * noise, end at 0.
-VARIANCE_PRESERVING = {ddim, ddpm}
+VARIANCE_PRESERVING: set[Sampler] = {ddim, ddpm}
+
+# Their noise is taken along one Brownian path per picture, as in k-diffusion, whatever the steps are.
+BROWNIAN: set[Sampler] = {dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde}
 
 __all__ = [
     "ALIASES",
+    "BROWNIAN",
     "PREDICTION_TYPES",
     "SAMPLERS",
     "SPACINGS",
     "VARIANCE_PRESERVING",
+    "Brownian",
     "Denoiser",
     "Noise",
     "Prediction",
@@ -68,6 +89,12 @@ __all__ = [
     "ddpm",
     "dpm_2",
     "dpm_2_ancestral",
+    "dpm_adaptive",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
     "euler",
     "euler_ancestral",
     "heun",
