@@ -25,6 +25,7 @@ from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_ou
 from ldm.noise import SeededNoise
 from ldm.output import Output
 from ldm.samplers import PREDICTION_TYPES, VARIANCE_PRESERVING, Denoiser, Schedule, Step, Steps, net_denoiser
+from ldm.samplers.schedule import SIGMAS
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
@@ -367,10 +368,10 @@ class Pipeline:
             x = z + sigmas[0] * first
 
         seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        denoise = self._denoiser(s, size, spacing == "karras", seen)
+        denoise = self._denoiser(s, size, spacing in SIGMAS, seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, spacing == "karras")
+            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, spacing in SIGMAS)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
