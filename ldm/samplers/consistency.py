@@ -19,7 +19,7 @@ def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
         prediction = denoise(x, sigma)
-        x, fresh = noised(prediction.x0, sigma_next, noise, sigma, sigma_next)
+        x, fresh = noised(prediction.x0.clone(), sigma_next, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
         x = after(step, (yield step))
 

@@ -32,7 +32,8 @@ def unipc(
         past = [*past, now][-order:]
         p = min(order, i + 1, len(sigmas) - 1 - i)
         start = x
-        x = predicted = unified(start, past[-p:], float(sigma_next), solver_type)
+        x = unified(start, past[-p:], float(sigma_next), solver_type)
+        predicted = x.clone()  # x may be changed in place
         step = Step(i, sigma, sigma_next, x, *prediction)
         x = after(step, (yield step))
 
@@ -40,9 +41,7 @@ def unipc(
 def unified(x: Tensor, past: Past, sigma_next: float, solver_type: str, x0_next: Tensor | None = None) -> Tensor:
     """x from the sigma of the last evaluation to sigma_next: UniP or, with x0 at sigma_next, UniC."""
     *earlier, (sigma, x0) = past
-    if sigma_next == 0:
-        return x0
-    h = math.log(sigma / sigma_next)
+    h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
     points = [(math.log(sigma / s) / h, m - x0) for s, m in earlier]  # r_m, D_m
     if x0_next is not None:
         points.append((1.0, x0_next - x0))

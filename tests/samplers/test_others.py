@@ -286,14 +286,15 @@ def test_unipc_of_order_1_uncorrected_is_ddim():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_unipc_goes_on_from_the_x_it_is_sent():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_unipc_goes_on_from_the_x_it_is_sent(in_place):
     """To the x that it was sent it adds what the corrector adds: for data that is one point nothing."""
     sigmas = schedule.sigmas(5, "karras")
     steps = unipc(gaussian(MEAN, 0.0), MEAN + sigmas[0] * normal(10), sigmas, None)
     for _ in range(3):
         step = next(steps)
     plain = MEAN + (step.x - MEAN) * sigmas[4] / sigmas[3]
-    following = steps.send(step.x + 1)
+    following = steps.send(step.x.add_(1) if in_place else step.x + 1)
     torch.testing.assert_close(following.x, plain + sigmas[4] / sigmas[3], rtol=0, atol=1e-12)
 
 
@@ -351,7 +352,7 @@ def test_every_count_evaluates_exactly_that_often(sampler):
             assert asked.pop(1) == sigmas[1]
         assert asked == sigmas[:-1].tolist() and [step.i for step in made] == list(range(steps))
         assert torch.stack([step.sigma_next for step in made]).equal(sigmas[1:])
-        assert all(torch.isfinite(step.x).all() for step in made)
+        assert all(torch.isfinite(step.x).all() and step.x is not step.x0 for step in made)
 
 
 @pytest.mark.parametrize(
