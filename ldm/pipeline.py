@@ -37,6 +37,7 @@ from ldm.samplers import (
     Steps,
     net_denoiser,
 )
+from ldm.samplers.schedule import SIGMAS
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
@@ -379,10 +380,10 @@ class Pipeline:
             x = z + sigmas[0] * first
 
         seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        denoise = self._denoiser(s, size, spacing == "karras", seen)
+        denoise = self._denoiser(s, size, spacing in SIGMAS, seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, spacing == "karras")
+            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, spacing in SIGMAS)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:

@@ -85,7 +85,7 @@ class TestStrengthRules:
         assert out.settings.steps == 20 and out.images[0].size == picture.size
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
 class TestInpaint:
     @pytest.mark.parametrize("blend", ["x0", "noise"])
     @pytest.mark.parametrize("content", ["original", "fill", "noise", "nothing"])

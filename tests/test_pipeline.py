@@ -66,8 +66,12 @@ class TestEvaluations:
     def test_exactly_the_steps(self, pipe, calls, sampler, steps):
         """Samplers of two evaluations make one of the step to 0."""
         pipe("", sampler=sampler, steps=steps, progress=False)
-        twice = sampler in ("heun", "dpm_2", "dpm_2_ancestral", "restart")
-        assert calls == [2] * (2 * steps - 1 if twice else steps)
+        if sampler == "dpm_adaptive":  # which sees for itself
+            assert set(calls) == {2}
+            return
+        twice = sampler in ("heun", "dpm_2", "dpm_2_ancestral", "restart", "dpmpp_2s_ancestral", "dpmpp_sde")
+        more = sampler == "plms" and steps > 1  # which begins with one more
+        assert calls == [2] * (2 * steps - 1 if twice else steps + more)
 
     def test_a_tensor_of_sigmas_sets_the_steps(self, pipe, calls):
         pipe("", sigmas=torch.tensor([14.0, 3.0, 1.0, 0.0]), steps=20, progress=False)

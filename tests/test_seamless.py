@@ -11,7 +11,6 @@ from torch import nn
 
 import ldm
 from ldm.pipeline import DEFAULT_MODEL
-from ldm.samplers import SAMPLERS
 from ldm.seamless import seamless
 from ldm.unet import UNet
 from ldm.vae import VAE, strips
@@ -84,7 +83,7 @@ def test_nets_roll(unet, vae, tiling, axis, by):
         assert difference <= TOLERANCE if axis in AXES[tiling] else difference > 0.01
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])  # fresh noise is not rolled
 @pytest.mark.parametrize("tiling", [*AXES, None])
 def test_pictures_roll(pipe, sampler, tiling):
     """With the initial noise, of which nothing else is a place."""

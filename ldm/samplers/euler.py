@@ -59,6 +59,19 @@ def euler_ancestral(
         x = after(step, (yield step))
 
 
+def euler_cfg_pp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
+    """CFG++ (Chung et al. 2024, algorithm 2): x0 is the guided one, what is left of the noise is the unconditional one.
+
+    Its guidance scale lies between 0 and 1. Without guidance it is Euler's method.
+    """
+    for i, (sigma, sigma_next) in intervals(sigmas):
+        prediction = denoise(x, sigma)
+        eps = prediction.eps if prediction.eps_uncond is None else prediction.eps_uncond
+        x = prediction.x0 + sigma_next * eps
+        step = Step(i, sigma, sigma_next, x, *prediction)
+        x = after(step, (yield step))
+
+
 def ancestral(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """sigma_down and sigma_up, sigma_down^2 + sigma_up^2 = sigma_next^2; sigma_up is eta times that of DDPM's posterior
     (Ho et al. 2020, eq. 7, in the scale x = x0 + sigma eps)."""

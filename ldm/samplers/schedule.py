@@ -29,6 +29,90 @@ def linspace(steps: int) -> Tensor:
     return torch.linspace(999, 0, steps, dtype=torch.float64)
 
 
+def sgm_uniform(steps: int) -> Tensor:
+    """From 999 towards 0 in equal parts, without the 0 itself, as ComfyUI and webui."""
+    return torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1]
+
+
+def simple(steps: int) -> Tensor:
+    """t = 999 - floor(k * 1000 / steps), as ComfyUI."""
+    return 999 - torch.arange(steps, dtype=torch.float64) * 1000 // steps
+
+
+def beta(steps: int) -> Tensor:
+    """t = round(999 q), q the quantiles 1 - k / steps of Beta(0.6, 0.6), dense at both ends (Lee et al. 2024; ComfyUI).
+
+    From 139 steps on neighbours can round to one timestep: there the later goes on to the next that is free.
+    """
+    k = torch.arange(steps, dtype=torch.float64)
+    t = (999 * beta_quantile(1 - k / steps)).round()
+    return (t + k).cummin(0).values.clamp(min=steps - 1) - k
+
+
+def beta_quantile(p: Tensor, a: float = 0.6) -> Tensor:
+    """The x (n,) under which Beta(a, a) has the share p (n,) float64: Newton's method on y = x^a, below p = 1/2.
+
+    There the integral of (t (1 - t))^(a - 1) from 0 to x is y sum c_n x^n (DLMF 8.17.7), nearly linear in y.
+    """
+    n = torch.arange(1, 60, dtype=torch.float64)
+    c = torch.cat([torch.ones_like(n[:1]), ((n - a) / n).cumprod(0)]) / torch.cat([n[:1] - 1 + a, n + a])
+
+    def integral(x: Tensor) -> Tensor:
+        return x**a * (x[:, None] ** torch.arange(60) * c).sum(1)
+
+    share = 2 * torch.minimum(p, 1 - p) * integral(p.new_tensor([0.5]))
+    y = a * share
+    for _ in range(6):
+        x = y ** (1 / a)
+        y = y - (integral(x) - share) * a * (1 - x) ** (1 - a)
+    x = y ** (1 / a)
+    return torch.where(p < 0.5, x, 1 - x)
+
+
+def karras(steps: int, low: float, high: float, rho: float = 7.0) -> Tensor:
+    """Equal parts of sigma^(1 / rho): Karras et al. 2022, eq. 5."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = high ** (1 / rho), low ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def exponential(steps: int, low: float, high: float) -> Tensor:
+    """Equal parts of log sigma, as k-diffusion."""
+    return polyexponential(steps, low, high)
+
+
+def polyexponential(steps: int, low: float, high: float, rho: float = 1.0) -> Tensor:
+    """log sigma falls as a power of the steps that are left, as in k-diffusion; rho 1 is exponential."""
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
+    return (math.log(low) + ramp * (math.log(high) - math.log(low))).exp()
+
+
+def kl_optimal(steps: int, low: float, high: float) -> Tensor:
+    """Equal parts of arctan sigma, best for Gaussian data: Sabour et al. 2024 (Align Your Steps)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return (math.atan(high) + ramp * (math.atan(low) - math.atan(high))).tan()
+
+
+def align_your_steps(steps: int, low: float, high: float) -> Tensor:
+    """The ten steps found for SD 1 (Sabour et al. 2024): sigma of the timesteps published, and the level after them."""
+    levels = (14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092)
+    return log_interpolated((*levels, 0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582), steps)
+
+
+def align_your_steps_xl(steps: int, low: float, high: float) -> Tensor:
+    """The same for SDXL."""
+    levels = (14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141)
+    return log_interpolated((*levels, 0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582), steps)
+
+
+def log_interpolated(levels: tuple[float, ...], steps: int) -> Tensor:
+    """The levels read at steps + 1 places, linearly in log sigma, without the last."""
+    table = torch.tensor(levels, dtype=torch.float64).log()
+    place = torch.arange(steps, dtype=torch.float64) * (len(table) - 1) / steps
+    low = place.long()
+    return torch.lerp(table[low], table[low + 1], place - low).exp()
+
+
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """Lin et al. 2023, algorithm 1: sqrt(a) shifted to end at 0 and scaled to begin where it did.
 
@@ -39,8 +123,16 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return (scaled**2).clamp(min=2**-24)
 
 
-TIMESTEPS: dict[str, Callable[..., Tensor]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
-SPACINGS = (*TIMESTEPS, "karras")
+# Spaced in timesteps, f(steps) -> t; and in sigma whatever t that is, f(steps, sigma_min, sigma_max) -> sigmas.
+TIMESTEPS: dict[str, Callable[..., Tensor]] = {
+    **{"leading": leading, "trailing": trailing, "linspace": linspace},
+    **{"sgm_uniform": sgm_uniform, "simple": simple, "beta": beta},
+}
+SIGMAS: dict[str, Callable[..., Tensor]] = {
+    **{"karras": karras, "exponential": exponential, "polyexponential": polyexponential, "kl_optimal": kl_optimal},
+    **{"align_your_steps": align_your_steps, "align_your_steps_xl": align_your_steps_xl},
+}
+SPACINGS = (*TIMESTEPS, *SIGMAS)
 
 # The fields of a scheduler_config.json: those without which it would mean another schedule, by diffusers' own defaults;
 # those of a few accepted values; those that are not the schedule's, or do nothing in DDIM and Euler. The betas and
@@ -49,7 +141,7 @@ NEEDED = ("beta_schedule", "beta_start", "beta_end")
 CHOICES: dict[str, tuple] = {
     "beta_schedule": ("scaled_linear",),
     "num_train_timesteps": (1000,),
-    "timestep_spacing": (*TIMESTEPS, None),
+    "timestep_spacing": ("leading", "trailing", "linspace", None),
     "timestep_type": ("discrete",),
     "use_karras_sigmas": (True, False, None),
     "interpolation_type": ("linear",),
@@ -148,27 +240,29 @@ class Schedule:
         return (low + (value - table[low]) / (table[low + 1] - table[low])).clamp(0, 999)
 
     def sigmas(
-        self, steps: int, spacing: str | None = None, *, log: bool = False, rho: float = 7.0, end: float = 0.0
+        self, steps: int, spacing: str | None = None, *, log: bool = False, rho: float | None = None, end: float = 0.0
     ) -> Tensor:
         """(steps + 1,) float64, strictly decreasing: where each of `steps` steps starts, and `end`.
 
-        spacing: leading, trailing, linspace (the default), or karras (Karras et al. 2022, eq. 5). `log` interpolates
-        log sigma instead of sigma, as k-diffusion's get_sigmas does; it matters for linspace alone. Where the last
-        step already starts at sigma_min, the end is 0 whatever was asked for. Raises ValueError for less than 1 step,
-        and for more than 1000 of leading and trailing, whose timesteps are whole numbers.
+        spacing: one of SPACINGS (default linspace), explained at the functions of these names. `log` interpolates
+        log sigma instead of sigma, as k-diffusion's get_sigmas does; it matters for linspace and sgm_uniform alone.
+        `rho` is that of karras (default 7) and polyexponential (1). Where the last step already starts at sigma_min,
+        the end is 0 whatever was asked for. Raises ValueError for less than 1 step, and for more than 1000 of leading,
+        trailing, simple and beta, whose timesteps are whole numbers.
         """
         spacing = spacing or self.spacing or "linspace"
-        most = 1000 if spacing in ("leading", "trailing") else math.inf
+        most = 1000 if spacing in ("leading", "trailing", "simple", "beta") else math.inf
         if not isinstance(steps, Integral) or not 1 <= steps <= most:
             raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so {spacing} goes from 1 to 1000 steps")
         if spacing not in SPACINGS:
             raise ValueError(
                 f"unknown spacing {spacing!r}: use one of {', '.join(SPACINGS)}, or pass a tensor of sigmas"
             )
-        if spacing == "karras":
-            ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-            high, low = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
-            sigmas = (high + ramp * (low - high)) ** rho
+        if rho is not None and spacing not in ("karras", "polyexponential"):
+            raise ValueError(f"rho={rho}: {spacing} has none, leave it out or use karras or polyexponential")
+        if spacing in SIGMAS:
+            options = {} if rho is None else {"rho": rho}
+            sigmas = SIGMAS[spacing](steps, self.sigma_min, self.sigma_max, **options)
         else:
             options = {"offset": self.steps_offset} if spacing == "leading" else {}
             sigmas = self.sigma(TIMESTEPS[spacing](steps, **options), log)

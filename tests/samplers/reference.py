@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.samplers import Denoiser, Prediction
 
 COUNTS = (1, 2, 3, 7, 20, 30, 50, 999, 1000)
+EULER_SPACINGS = ("leading", "trailing", "linspace", "karras")  # those that diffusers_euler knows
 
 # The table once more, by another library than ours.
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from samplers.reference import (
     COUNTS,
+    EULER_SPACINGS,
     TABLE,
     MixtureNet,
     diffusers_ddim,
@@ -18,7 +19,7 @@ from samplers.reference import (
 )
 from torch import Tensor
 
-from ldm.samplers import SPACINGS, Sampler, Schedule, ddim, euler, net_denoiser
+from ldm.samplers import Sampler, Schedule, ddim, euler, net_denoiser
 from ldm.samplers.denoiser import PREDICTION_TYPES
 
 TOLERANCE = 1e-5  # of the largest value at the step
@@ -62,7 +63,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("steps", "prediction_type"), CASES)
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", EULER_SPACINGS)
 def test_euler_diffusers(spacing, steps, prediction_type):
     (noise,) = draw(1)
     scheduler = diffusers_euler(spacing, steps, prediction_type)
