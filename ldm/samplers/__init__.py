@@ -74,7 +74,6 @@ ALIASES = {
     "LCM": "lcm",
     "LCMScheduler": "lcm",
     "PLMS": "plms",
-    "PNDMScheduler": "plms",
     "TCDScheduler": "tcd",
     "UniPC": "unipc",
     "UniPCMultistepScheduler": "unipc",
