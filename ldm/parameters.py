@@ -50,7 +50,9 @@ NAMES = {
 KEYS = {name: key for key, name in NAMES.items()}
 # webui's words for ours
 VALUES: dict[str, dict[Any, str]] = {"emphasis": {"none": "No norm", None: "None"}, "tiling": {"both": "True"}}
-SPACINGS = {"Automatic": None, "Karras": "karras", "Uniform": "linspace"}  # what webui's pictures say
+# What webui's pictures say.
+SPACINGS = {"Automatic": None, "Uniform": "linspace", "KL Optimal": "kl_optimal", "SGM Uniform": "sgm_uniform"}
+SPACINGS |= {name.capitalize(): name for name in ("karras", "exponential", "polyexponential", "simple", "beta")}
 # webui's keys of what has another name here, and its words.
 UPSCALERS = {"Latent": "latent", "Latent (nearest-exact)": "latent-nearest", "Latent (bicubic)": "latent-bicubic"}
 CONTENTS = {"latent noise": "noise", "latent nothing": "nothing"}

@@ -88,10 +88,11 @@ class Settings:
     steps: evaluations of the net, 1 to 1000. guidance_scale: 1 is no guidance, and half of the work; below 1 leans to
         the negative prompt (in diffusers everything up to 1 is no guidance).
     sampler: a name of `ldm.SAMPLERS`, or a function `(denoise, x, sigmas, noise, **options)` that yields `Step`s.
-    sigmas: a spacing ("leading", "trailing", "linspace", "karras"), or a decreasing tensor (n+1,) that ends at or above
-        0, used as it is instead of `steps`. None: the spacing of the model, else that of the sampler's reference.
-        Some references begin and end in their own way: ddim ends at the sigma of t = 0, "leading" starts from noise of
-        variance 1 + sigma^2. A tensor says where to begin and end by itself, and euler starts it at sigma * noise.
+    sigmas: a spacing ("leading", "trailing", "linspace", "karras", and the others of `ldm.samplers.SPACINGS`), or a
+        decreasing tensor (n+1,) that ends at or above 0, used as it is instead of `steps`. None: the spacing of the
+        model, else that of the sampler's reference. Some references begin and end in their own way: ddim ends at the
+        sigma of t = 0, "leading" starts from noise of variance 1 + sigma^2. A tensor says where to begin and end by
+        itself, and euler starts it at sigma * noise.
     seed: of the first picture, picture i has seed + i; or a list of seeds, one each; with one prompt and batch_size 1
         as many pictures as seeds. batch_size: pictures per prompt.
     subseed, subseed_strength: the initial noise turns from the seed's (0) to the subseed's (1), as webui's variations
