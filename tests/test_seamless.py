@@ -83,7 +83,7 @@ def test_nets_roll(unet, vae, tiling, axis, by):
         assert difference <= TOLERANCE if axis in AXES[tiling] else difference > 0.01
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])  # fresh noise is not rolled
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])  # without fresh noise, which would not roll
 @pytest.mark.parametrize("tiling", [*AXES, None])
 def test_pictures_roll(pipe, sampler, tiling):
     """With the initial noise, of which nothing else is a place."""
