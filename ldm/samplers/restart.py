@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.samplers.denoiser import Denoiser
 from ldm.samplers.euler import noised
 from ldm.samplers.heun import heun_step
+from ldm.samplers.schedule import karras
 from ldm.samplers.step import Noise, Step, Steps, after
 
 Segment = tuple[int, int, float, float]  # N_restart, K, t_min, t_max
@@ -54,7 +55,7 @@ def within(sigmas: Tensor) -> tuple[Tensor, list[Segment]]:
     if steps < 20:
         return sigmas, []
     n, k = (9, 1) if steps < 36 else (steps // 4, 2)
-    return torch.cat([karras(steps - k * n, sigmas[0], sigmas[-2]), sigmas[-1:]]), [(n, k, 0.1, 2.0)]
+    return torch.cat([joined(steps - k * n, sigmas[0], sigmas[-2]), sigmas[-1:]]), [(n, k, 0.1, 2.0)]
 
 
 def restarted(sigmas: Tensor, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
@@ -65,14 +66,13 @@ def restarted(sigmas: Tensor, segments: Sequence[Segment]) -> list[tuple[Tensor,
         for n, k, t_min, t_max in segments:
             low, high = nearest(sigmas, t_min), nearest(sigmas, t_max)
             if high < low == i:
-                pairs += k * list(pairwise(karras(n + 1, sigmas[high], sigmas[low])))
+                pairs += k * list(pairwise(joined(n + 1, sigmas[high], sigmas[low])))
     return pairs
 
 
-def karras(count: int, high: Tensor, low: Tensor, rho: float = 7.0) -> Tensor:
-    """`count` sigmas, 2 or more, from high to low (Karras et al. 2022, eq. 5); the ends to the last bit, to join."""
-    ramp = torch.linspace(0, 1, count, dtype=high.dtype, device=high.device)
-    sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+def joined(count: int, high: Tensor, low: Tensor) -> Tensor:
+    """`count` sigmas, 2 or more, in karras spacing; the ends to the last bit, to join the others."""
+    sigmas = karras(count, float(low), float(high)).to(high)
     sigmas[0], sigmas[-1] = high, low
     return sigmas
 
