@@ -13,31 +13,28 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import checkpoint, hub
+from ldm import canvas, checkpoint, hub, levels
 from ldm.clip import TextEncoder, TextEncoding
 from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
-from ldm.edit import Grid, enlarged, in_tiles, only_masked, outpainted
+from ldm.edit import enlarged, in_tiles, only_masked, outpainted
 from ldm.guidance import guided, handed_over
-from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor, upright_size
-from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside, strength_plan
+from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor
+from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside
 from ldm.noise import SeededNoise
 from ldm.output import Output
 from ldm.samplers import (
     BROWNIAN,
     PREDICTION_TYPES,
-    VARIANCE_PRESERVING,
     Brownian,
     Denoiser,
     Noise,
-    Sampler,
     Schedule,
     Step,
     Steps,
     net_denoiser,
 )
-from ldm.samplers.schedule import SIGMAS
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
 from ldm.unet import UNet, vector_embedding
@@ -45,9 +42,6 @@ from ldm.vae import VAE, strips
 
 if TYPE_CHECKING:
     from ldm.lora import Lora
-
-LARGEST = 4096**2  # pixels in one run: attention grows with their square
-LARGEST_CANVAS = 2**28  # pixels of a picture that is made in parts: 0.8 GB each time it is in memory
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
 
@@ -226,10 +220,10 @@ class Pipeline:
         def draw(s: Settings, size: tuple[int, int]) -> Tensor:
             return self._first_noise(s, self._noise(s, size))
 
-        size = self._checked_size(s)
-        grid = self._grid(s)
+        factor = self.vae.config.factor
+        size, grid = canvas.checked_size(s, self.size, factor), canvas.grid(s, self.size, factor)
         if s.enlarge > 1:
-            return enlarged(make, s, size, grid.factor)
+            return enlarged(make, s, size, factor)
         if s.extend is not None:
             return outpainted(make, draw, s, size, grid, soft=not self._inpaints)
         if s.padding_mask_crop is not None:
@@ -239,7 +233,7 @@ class Pipeline:
         return self._run(s, progress, callback)
 
     def _run(self, settings: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
-        width, height = self._size(settings)
+        width, height = canvas.size(settings, self.size, self.vae.config.factor)
         if progress and self.vae.in_strips(height, width):
             said = f"{width}x{height} is more than {strips.WHOLE_UP_TO:,} pixels: the VAE works in strips"
             tqdm.write(said, file=sys.stderr)
@@ -279,12 +273,7 @@ class Pipeline:
     def plan_strength(self, **settings: Any) -> StrengthPlan:
         """What a strength means for the settings of a call (steps, strength, strength_rule, sigmas, ...), to print."""
         check_names(settings)
-        return self._plan(Settings(**settings))
-
-    def _plan(self, s: Settings) -> StrengthPlan:
-        steps = len(s.sigmas) - 1 if isinstance(s.sigmas, Tensor) else s.steps
-        masked = s.mask is not None or s.extend is not None
-        return strength_plan(s.strength, steps, lambda n: self._sigmas(s, n), s.strength_rule, masked)
+        return levels.plan(Settings(**settings), self.schedule)
 
     def _tiled(self, tiling: str | None) -> "Pipeline":
         """This pipeline, on the same weights, with nets that wrap around."""
@@ -349,17 +338,18 @@ class Pipeline:
 
     @torch.no_grad()
     def _begin(self, s: Settings) -> Run:
-        size, factor = self._checked_size(s), self.vae.config.factor
+        factor = self.vae.config.factor
+        size = canvas.checked_size(s, self.size, factor)
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
         mask = None if s.mask is None else fit(self._mask(s), size, factor)
         start = s.latents if picture is None else picture
         if picture is not None and mask is not None and s.masked_content != "original":
             start = fill(picture, mask)
         noise = self._noise(s, size)
-        sigmas, spacing = self._sigmas(s), self._spacing(s)
+        sigmas = levels.sigmas(s, self.schedule)
         replaces = True
         if start is not None:
-            plan = self._plan(s)
+            plan = levels.plan(s, self.schedule)
             sigmas, replaces = plan.sigmas, plan.replaces
         blends = mask is not None and not self._inpaints
         z = torch.zeros(())
@@ -372,18 +362,19 @@ class Pipeline:
         if tuple(first.shape) != (s.count, *noise.shape):
             raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
         if replaces:
-            x = first * ((1 + sigmas[0] ** 2) ** 0.5 if self._vp(s) or spacing == "leading" else sigmas[0])
+            x = first * levels.first_std(s, self.schedule, sigmas[0])
         else:
             if mask is not None and s.masked_content in ("noise", "nothing"):
                 m = self._latent_mask(s, mask, noise.shape)
                 z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
             x = z + sigmas[0] * first
 
+        log = levels.in_log(s, self.schedule)
         seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        denoise = self._denoiser(s, size, spacing in SIGMAS, seen)
+        denoise = self._denoiser(s, size, log, seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, spacing in SIGMAS)
+            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, log)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
@@ -391,7 +382,7 @@ class Pipeline:
             if s.blend == "x0":
                 denoise = keep_outside(denoise, *kept)
         fresh: Noise = noise
-        if self._is_of(s, BROWNIAN):
+        if levels.is_of(s, BROWNIAN):
             fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
         steps = without_grad(s.sampler_function(denoise, x, sigmas, fresh, **s.options))
         if kept is not None and s.blend == "noise":
@@ -484,69 +475,6 @@ class Pipeline:
         """Whether the UNet is shown a mask and the picture without what it hides."""
         return self.unet.config.in_channels > self.unet.config.out_channels
 
-    def _vp(self, s: Settings) -> bool:
-        """Whether the sampler is of the variance-preserving kind."""
-        return self._is_of(s, VARIANCE_PRESERVING)
-
-    def _is_of(self, s: Settings, kind: set[Sampler]) -> bool:
-        """Whether the sampler is one of them; a functools.partial of a sampler counts as it."""
-        return getattr(s.sampler_function, "func", s.sampler_function) in kind
-
-    def _spacing(self, s: Settings) -> str | None:
-        """The name of the schedule's spacing, if it has one."""
-        if isinstance(s.sigmas, Tensor):
-            return None
-        return s.sigmas or self.schedule.spacing or ("leading" if self._vp(s) else "linspace")
-
-    def _sigmas(self, s: Settings, steps: int | None = None) -> Tensor:
-        """The whole schedule of the call, or that of another number of steps."""
-        if isinstance(s.sigmas, Tensor):
-            if steps not in (None, len(s.sigmas) - 1):
-                raise ValueError(
-                    f"strength_rule={s.strength_rule!r} with sigmas as a tensor: it needs another schedule, of {steps}"
-                    " steps; give the sigmas by name, or take another rule"
-                )
-            return s.sigmas.to("cpu", torch.float64)
-        end = self.schedule.sigma_min if self._vp(s) and not self.schedule.set_alpha_to_one else 0.0
-        return self.schedule.sigmas(steps or s.steps, self._spacing(s), end=end)
-
-    def _size(self, s: Settings) -> tuple[int, int]:
-        """Width and height in pixels of the pictures; before `enlarge` and `extend`."""
-        width, height = self.size, self.size
-        if s.image is not None:
-            width, height = upright_size(s.image)
-        elif s.latents is not None:
-            height, width = (side * self.vae.config.factor for side in s.latents.shape[-2:])
-        return (width if s.width is None else s.width), (height if s.height is None else s.height)
-
-    def _checked_size(self, s: Settings) -> tuple[int, int]:
-        """`_size`, if the pictures that it leads to can be made."""
-        factor, size = self.vae.config.factor, self._size(s)
-        left, top, right, bottom = s.extend or (0, 0, 0, 0)
-        width, height = round(size[0] * s.enlarge) + left + right, round(size[1] * s.enlarge) + top + bottom
-        parts = s.tile is not None or s.extend is not None or s.padding_mask_crop is not None
-        if width * height > (limit := LARGEST_CANVAS if parts else LARGEST):
-            how = "pixels" if parts else "pixels in one run"
-            raise ValueError(
-                f"{width}x{height} {how}: up to {limit:,} are made; give width= and height=, or, with an image, tile="
-                " (the model's native size is good)"
-            )
-        if s.tiling is not None and (width % factor or height % factor):
-            raise ValueError(
-                f"tiling={s.tiling!r} at {width}x{height}: the edges would not join after the cut to that size;"
-                f" give a size in multiples of {factor}"
-            )
-        return size
-
-    def _grid(self, s: Settings) -> Grid:
-        factor, tile = self.vae.config.factor, s.tile or self.size
-        overlap = tile // 4 // factor * factor if s.tile_overlap is None else s.tile_overlap
-        if tile % factor or overlap % factor or not overlap < tile:
-            raise ValueError(
-                f"tile={tile}, tile_overlap={overlap}: give multiples of {factor}, the overlap less than the tile"
-            )
-        return Grid(tile, overlap, factor)
-
     def _noise(self, s: Settings, size: tuple[int, int]) -> SeededNoise:
         """The stream of each picture of a size (width, height) in pixels."""
         factor = self.vae.config.factor
@@ -568,7 +496,7 @@ class Pipeline:
         assert s.mask is not None
         mask = to_mask(s.mask, s.mask_blur)
         if s.image is None:
-            check_mask(mask.size, self._size(s))
+            check_mask(mask.size, canvas.size(s, self.size, self.vae.config.factor))
         if mask.getbbox() is None:
             warnings.warn("the mask is black everywhere: nothing is repainted; white is what is", stacklevel=2)
         return mask
