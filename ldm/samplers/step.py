@@ -66,7 +66,7 @@ def accepted(step: Step, name: str, value: Any) -> Tensor:
         given = f"a {type(value).__name__}"
     elif value.shape != step.x.shape or value.device != step.x.device or not value.is_floating_point():
         given = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-    elif not torch.isfinite(value).all():
+    elif not torch.isfinite(value.detach()).all():
         given = "with NaN or infinity"
     else:
         return value.to(step.x.dtype)
@@ -77,7 +77,7 @@ def accepted(step: Step, name: str, value: Any) -> Tensor:
 
 
 def check_finite(i: int, sigma: Tensor, *values: Tensor) -> None:
-    if not all(torch.isfinite(value).all() for value in values):
+    if not all(torch.isfinite(value.detach()).all() for value in values):
         raise FloatingPointError(
             f"NaN or infinity in step {i}, at sigma={float(sigma):.4f}: look at what the denoiser returns there"
             " (its dtype, its weights), and at x if somebody changed it in place"
