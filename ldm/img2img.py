@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ldm.samplers.denoiser import Denoiser, Prediction
-from ldm.samplers.step import Steps, after
+from ldm.samplers.step import Steps
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as PIL's crop takes it
 
@@ -131,7 +131,8 @@ def renoise_outside(steps: Steps, latents: Tensor, noise: Tensor, mask: Tensor) 
             step = steps.send(sent)
             known = latents + step.sigma_next.to(noise) * noise
             step = step._replace(x=mask * step.x + (1 - mask) * known)
-            sent = after(step, (yield step))
+            sent = yield step
+            sent = step if sent is None else sent
 
 
 def fill(image: Image.Image, mask: Image.Image) -> Image.Image:

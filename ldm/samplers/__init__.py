@@ -6,7 +6,7 @@ from ldm.samplers.brownian import Brownian
 from ldm.samplers.consistency import lcm, tcd
 from ldm.samplers.ddim import ddim, ddpm
 from ldm.samplers.deis import deis
-from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, net_denoiser
+from ldm.samplers.denoiser import PREDICTION_TYPES, Denoiser, Prediction, checkpointed, net_denoiser
 from ldm.samplers.dpm_2 import dpm_2, dpm_2_ancestral
 from ldm.samplers.dpm_adaptive import dpm_adaptive
 from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
@@ -102,6 +102,7 @@ __all__ = [
     "Step",
     "Steps",
     "after",
+    "checkpointed",
     "ddim",
     "ddpm",
     "deis",

@@ -17,11 +17,11 @@ def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
     The c_skip and c_out of latent consistency models differ from 0 and 1 by 7e-6 and less at the timesteps that these
     are trained on, 19 and up: left out, as in ComfyUI.
     """
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=True):
         prediction = denoise(x, sigma)
         x, fresh = noised(prediction.x0.clone(), sigma_next, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def tcd(
@@ -40,11 +40,11 @@ def tcd(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: give a number from 0 (deterministic) to 1 (all noise is fresh)")
     schedule = schedule or Schedule()
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=True):
         prediction = denoise(x, sigma)
         s = ((1 - gamma) * schedule.t(sigma_next) + 1e-3).floor()  # the sigma of a whole t may read a little less
         sigma_s = min(sigma_next, schedule.sigma(s).to(sigma_next)) if gamma > 0 else sigma_next
         x = prediction.x0 + sigma_s * prediction.eps
         x, fresh = noised(x, (sigma_next**2 - sigma_s**2) ** 0.5, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x

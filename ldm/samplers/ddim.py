@@ -13,12 +13,12 @@ def ddim(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float 
     eta 0 is deterministic and draws nothing, eta 1 is DDPM's ancestral step: eta scales a standard deviation.
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
-        prediction = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        prediction = denoise(x, sigma)
         x = prediction.x0 + sigma_down * prediction.eps
         x, fresh = noised(x, sigma_up, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def ddpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:

@@ -27,11 +27,11 @@ def dpm_2(
 
     Steps show the prediction of the first. The options are those of `euler`.
     """
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=s_churn > 0):
         x, sigma_hat, fresh = churned(x, sigma, noise, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
         x, prediction = dpm_2_step(denoise, x, sigma_hat, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def dpm_2_ancestral(
@@ -46,14 +46,14 @@ def dpm_2_ancestral(
         x, prediction = dpm_2_step(denoise, x, sigma, sigma_down)
         x, fresh = noised(x, sigma_up * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def dpm_2_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Prediction]:
-    """Algorithm 1 with r_1 = 1/2, Euler's step to 0: x at sigma_next, and the prediction made at sigma."""
+    """Algorithm 1 with r_1 = 1/2, Euler's step to and from 0: x at sigma_next, and the prediction made at sigma."""
     prediction = denoise(x, sigma)
     d = prediction.eps
-    if sigma_next > 0:
+    if sigma * sigma_next > 0:
         sigma_mid = (sigma * sigma_next) ** 0.5
         d = denoise(x + (sigma_mid - sigma) * d, sigma_mid).eps
     return x + (sigma_next - sigma) * d, prediction

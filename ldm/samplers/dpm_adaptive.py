@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.samplers.denoiser import Denoiser
 from ldm.samplers.euler import ancestral, noised
-from ldm.samplers.step import Noise, Step, Steps, after
+from ldm.samplers.step import Noise, Step, Steps, after, check_finite, checked
 
 
 def dpm_adaptive(
@@ -36,14 +36,16 @@ def dpm_adaptive(
     differ by little: the root mean square, over the whole batch, of the difference over max(atol, rtol |x|). Only steps
     that are taken are yielded. The steps thus depend on the batch: for a picture that does not, make it alone.
 
-    Raises ValueError for another order, and for eta above 0 where sigma rises; FloatingPointError where the denoiser
-    returns NaN or infinity, from which no step is short enough.
+    Raises ValueError for another order, for eta above 0 where sigma rises, and for a first sigma of 0;
+    FloatingPointError where the denoiser returns NaN or infinity, from which no step is short enough.
     """
     if order not in (2, 3):
         raise ValueError(f"order={order}: use 2 or 3")
+    if len(checked(sigmas, falling=eta > 0)) == 1:
+        return
+    if sigmas[0] == 0:
+        raise ValueError("sigmas[0] is 0, whose logarithm is not finite: begin above 0, or take another sampler")
     sigma, sigma_end = sigmas[0], sigmas[-1] if sigmas[-1] > 0 else sigmas[-2]
-    if eta and sigma_end > sigma:
-        raise ValueError(f"eta={eta} with sigma rising from {sigma:.4f} to {sigma_end:.4f}: use eta=0")
     pid = PID(h_init, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)
     x_prev = x
     i = 0
@@ -58,20 +60,20 @@ def dpm_adaptive(
                 sigma_down = torch.maximum(sigma_end, ancestral(sigma, sigma_next, eta)[0])
             x_low, x_high = (second_order if order == 2 else third_order)(denoise, x, sigma, sigma_down, prediction.eps)
             delta = (rtol * torch.maximum(x_low.abs(), x_prev.abs())).clamp(min=atol)
-            error = float(((x_low - x_high) / delta).square().mean().sqrt())
-            if not math.isfinite(error):
-                raise FloatingPointError(f"the denoiser returned NaN or infinity at sigma={sigma:.4f} or next to it")
-            accepted = pid.accepts(error)
+            error = ((x_low - x_high) / delta).square().mean().sqrt()
+            check_finite(i, sigma, error)
+            accepted = pid.accepts(float(error))
         x_prev = x_low
         sigma_up = (sigma_next**2 - sigma_down**2) ** 0.5
         x, fresh = noised(x_high, sigma_up * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
         sigma = sigma_next
         i += 1
     if sigmas[-1] == 0:
         prediction = denoise(x, sigma)
-        yield Step(i, sigma, sigmas[-1], prediction.x0, *prediction)
+        step = Step(i, sigma, sigmas[-1], prediction.x0.clone(), *prediction)
+        after(step, (yield step))
 
 
 def second_order(denoise: Denoiser, x: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) and its stochastic kinds, in the scale x = x0 + sigma eps.
 
 There lambda = -log sigma, h = lambda_next - lambda and q = exp(-h) = sigma_next / sigma. If x0 were the same all the
-way, x_next = q x + (1 - q) x0 would be exact; each solver puts a better D in the place of x0. Where sigma_next is 0,
-h is infinite and q is 0: there all of them end with D = x0.
+way, x_next = q x + (1 - q) x0 would be exact; each solver puts a better D in the place of x0. With D = x0 it reads
+x_next = x0 + sigma_next eps, which is how all of them go to sigma 0 and from it, where h is infinite.
 """
 
 from torch import Tensor
 
-from ldm.samplers.denoiser import Denoiser
+from ldm.samplers.denoiser import Denoiser, Prediction
 from ldm.samplers.euler import ancestral, noised
 from ldm.samplers.step import Noise, Step, Steps, after, intervals
 
@@ -20,17 +20,18 @@ def dpmpp_2s_ancestral(
     Two evaluations a step, the second in the middle of lambda to lambda_down; one where sigma_down is 0.
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
-        prediction = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
-        D = prediction.x0
-        if sigma_down > 0:
+        prediction = denoise(x, sigma)
+        if sigma * sigma_down > 0:
             sigma_s = (sigma * sigma_down) ** 0.5
-            D = denoise(D + sigma_s * prediction.eps, sigma_s).x0
-        q = sigma_down / sigma
-        x = q * x + (1 - q) * D
+            D = denoise(prediction.x0 + sigma_s * prediction.eps, sigma_s).x0
+            q = sigma_down / sigma
+            x = q * x + (1 - q) * D
+        else:
+            x = prediction.x0 + sigma_down * prediction.eps
         x, fresh = noised(x, sigma_up * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def dpmpp_sde(
@@ -48,19 +49,17 @@ def dpmpp_sde(
     path (`ldm.samplers.brownian`); the Step shows the step's own.
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
-        prediction = denoise(x, sigma)
-        D = prediction.x0
-        if sigma_next > 0:
-            sigma_s = sigma ** (1 - r) * sigma_next**r
-            sigma_down, sigma_up = ancestral(sigma, sigma_s, eta)
-            u, _ = noised(D + sigma_down * prediction.eps, sigma_up * s_noise, noise, sigma, sigma_s)
-            D = D + (denoise(u, sigma_s).x0 - D) / (2 * r)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
-        q = sigma_down / sigma
-        x = q * x + (1 - q) * D
+        prediction = denoise(x, sigma)
+        x = prediction.x0 + sigma_down * prediction.eps
+        if sigma * sigma_next > 0:
+            sigma_s = sigma ** (1 - r) * sigma_next**r
+            s_down, s_up = ancestral(sigma, sigma_s, eta)
+            u, _ = noised(prediction.x0 + s_down * prediction.eps, s_up * s_noise, noise, sigma, sigma_s)
+            x = x + (1 - sigma_down / sigma) * (denoise(u, sigma_s).x0 - prediction.x0) / (2 * r)
         x, fresh = noised(x, sigma_up * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
@@ -68,16 +67,16 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Step
     last: tuple[Tensor, Tensor] | None = None  # x0 and h
     for i, (sigma, sigma_next) in intervals(sigmas):
         prediction = denoise(x, sigma)
-        D, q = prediction.x0, sigma_next / sigma
+        x = prediction.x0 + sigma_next * prediction.eps
+        q = sigma_next / sigma
         h = -q.log()
         if last and sigma_next > 0:
             x0_last, h_last = last
             r = h_last / h
-            D = (1 + 1 / (2 * r)) * D - 1 / (2 * r) * x0_last
-        x = q * x + (1 - q) * D
-        last = prediction.x0, h
+            x = x + (1 - q) * (prediction.x0 - x0_last) / (2 * r)
         step = Step(i, sigma, sigma_next, x, *prediction)
-        x = after(step, (yield step))
+        step = after(step, (yield step))
+        x, last = step.x, (step.x0, h)
 
 
 def dpmpp_2m_sde(
@@ -97,18 +96,18 @@ def dpmpp_2m_sde(
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"solver_type={solver_type!r}: use midpoint or heun")
     last: tuple[Tensor, Tensor] | None = None  # x0 and h
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=eta > 0):
         prediction = denoise(x, sigma)
-        x, h = first_order(x, prediction.x0, sigma, sigma_next, eta)
+        x, h = first_order(prediction, sigma, sigma_next, eta)
         if last and sigma_next > 0:
             x0_last, h_last = last
             D1 = (prediction.x0 - x0_last) * h / h_last
             h_eta = (1 + eta) * h
             x = x + (phi_2(h_eta) if solver_type == "heun" else -(-h_eta).expm1() / 2) * D1
-        last = prediction.x0, h
         x, fresh = noised(x, sde_std(sigma, sigma_next, eta) * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        step = after(step, (yield step))
+        x, last = step.x, (step.x0, h)
 
 
 def dpmpp_3m_sde(
@@ -122,9 +121,9 @@ def dpmpp_3m_sde(
     """
     x0s: list[Tensor] = []  # the last two, the latest first, and so their steps
     hs: list[Tensor] = []
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=eta > 0):
         prediction = denoise(x, sigma)
-        x, h = first_order(x, prediction.x0, sigma, sigma_next, eta)
+        x, h = first_order(prediction, sigma, sigma_next, eta)
         if i > 0 and sigma_next > 0:
             h_eta = (1 + eta) * h
             D1 = (prediction.x0 - x0s[0]) * h / hs[0]
@@ -136,16 +135,16 @@ def dpmpp_3m_sde(
                 phi_3 = phi_2(h_eta) / h_eta - 0.5
                 x = x - phi_3 * D2
             x = x + phi_2(h_eta) * D1
-        x0s, hs = [prediction.x0, *x0s[:1]], [h, *hs[:1]]
         x, fresh = noised(x, sde_std(sigma, sigma_next, eta) * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        step = after(step, (yield step))
+        x, x0s, hs = step.x, [step.x0, *x0s[:1]], [h, *hs[:1]]
 
 
-def first_order(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+def first_order(prediction: Prediction, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """The diffusion SDE with x0 held fast, without its noise: SDE-DPM-Solver++(1) for eta 1, DDIM for 0; and h."""
-    q = (sigma_next / sigma) ** (1 + eta)
-    return q * x + (1 - q) * x0, (sigma / sigma_next).log()
+    x = prediction.x0 + sigma_next * (sigma_next / sigma) ** eta * prediction.eps
+    return x, (sigma / sigma_next).log()
 
 
 def sde_std(sigma: Tensor, sigma_next: Tensor, eta: float) -> Tensor:

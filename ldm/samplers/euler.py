@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from ldm.samplers.denoiser import Denoiser
@@ -23,12 +24,12 @@ def euler(
     s_churn 0 draws no noise; above, each sigma between s_tmin and s_tmax is raised to sigma_hat = (1 + gamma) sigma
     first, with noise of standard deviation s_noise.
     """
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=s_churn > 0):
         x, sigma_hat, fresh = churned(x, sigma, noise, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
         prediction = denoise(x, sigma_hat)
         x = x + (sigma_next - sigma_hat) * prediction.eps
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def churned(
@@ -51,12 +52,12 @@ def euler_ancestral(
     In this scale it is DDIM's step for the same eta; what differs is where their references start and end.
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
-        prediction = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        prediction = denoise(x, sigma)
         x = x + (sigma_down - sigma) * prediction.eps
         x, fresh = noised(x, sigma_up * s_noise, noise, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def euler_cfg_pp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
@@ -69,14 +70,24 @@ def euler_cfg_pp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> 
         eps = prediction.eps if prediction.eps_uncond is None else prediction.eps_uncond
         x = prediction.x0 + sigma_next * eps
         step = Step(i, sigma, sigma_next, x, *prediction)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def ancestral(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """sigma_down and sigma_up, sigma_down^2 + sigma_up^2 = sigma_next^2; sigma_up is eta times that of DDPM's posterior
-    (Ho et al. 2020, eq. 7, in the scale x = x0 + sigma eps)."""
-    sigma_up = min(sigma_next, eta * sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5)
-    return (sigma_next**2 - sigma_up**2) ** 0.5, sigma_up
+    (Ho et al. 2020, eq. 7, in the scale x = x0 + sigma eps), and sigma_next at most.
+
+    Raises ValueError for eta above 0 where sigma rises.
+    """
+    if eta == 0:
+        return sigma_next, torch.zeros_like(sigma_next)
+    if sigma_next > sigma:
+        raise ValueError(
+            f"eta={eta} with sigma rising from {sigma:.4f} to {sigma_next:.4f}: fresh noise is not to be taken out,"
+            " use a sampler with eta=0"
+        )
+    fresh = (eta**2 * (1 - (sigma_next / sigma) ** 2)).clamp(max=1)  # of the variance
+    return sigma_next * (1 - fresh) ** 0.5, sigma_next * fresh**0.5
 
 
 def noised(x: Tensor, std: Tensor, noise: Noise, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor | None]:

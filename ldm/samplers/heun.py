@@ -23,11 +23,11 @@ def heun(
 
     Steps show the prediction of the first. The options are those of `euler`.
     """
-    for i, (sigma, sigma_next) in intervals(sigmas):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=s_churn > 0):
         x, sigma_hat, fresh = churned(x, sigma, noise, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
         x, prediction = heun_step(denoise, x, sigma_hat, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Prediction]:

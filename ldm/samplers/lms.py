@@ -22,7 +22,7 @@ def lms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int =
         past = sigmas[i + 1 - len(history) : i + 1]
         x = x + sum(c * eps for c, eps in zip(coefficients(past, sigma_next), history, strict=True))
         step = Step(i, sigma, sigma_next, x, *prediction)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
 
 
 def coefficients(past: Tensor, sigma_next: Tensor) -> list[float]:

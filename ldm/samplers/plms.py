@@ -24,4 +24,4 @@ def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
             eps = (eps + ahead.eps) / 2
         x = x + (sigma_next - sigma) * eps
         step = Step(i, sigma, sigma_next, x, *prediction)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x

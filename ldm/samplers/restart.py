@@ -11,7 +11,7 @@ from ldm.samplers.denoiser import Denoiser
 from ldm.samplers.euler import noised
 from ldm.samplers.heun import heun_step
 from ldm.samplers.schedule import karras
-from ldm.samplers.step import Noise, Step, Steps, after
+from ldm.samplers.step import Noise, Step, Steps, after, checked
 
 Segment = tuple[int, int, float, float]  # N_restart, K, t_min, t_max
 
@@ -32,6 +32,7 @@ def restart(
     number of steps: from 20 on, (9, 1, 0.1, 2), from 36 on (steps // 4, 2, 0.1, 2), and karras spacing for the rest.
     Raises ValueError for a segment of no steps or that does not go up.
     """
+    sigmas = checked(sigmas, falling=True)
     if segments is None:
         sigmas, segments = within(sigmas)
     for n, k, t_min, t_max in segments:
@@ -45,7 +46,7 @@ def restart(
         x, fresh = noised(x, s_noise * (sigma**2 - sigma_now**2) ** 0.5, noise, sigma_now, sigma)
         x, prediction = heun_step(denoise, x, sigma, sigma_next)
         step = Step(i, sigma, sigma_next, x, *prediction, noise=fresh)
-        x = after(step, (yield step))
+        x = after(step, (yield step)).x
         sigma_now = sigma_next
 
 

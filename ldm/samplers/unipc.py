@@ -23,19 +23,22 @@ def unipc(
     if solver_type not in ("bh1", "bh2") or order < 1:
         raise ValueError(f"order={order}, solver_type={solver_type!r}: give an order of 1 or more, and bh1 or bh2")
     past: Past = []
-    start, predicted, p = x, x, 1
+    start, p = x, 1
     for i, (sigma, sigma_next) in intervals(sigmas):
         prediction = denoise(x, sigma)
-        now = float(sigma), prediction.x0
+        past = [(s, x0) for s, x0 in past if s > 0]  # log 0: no correction of the step from there
         if past:
-            x = x + unified(start, past[-p:], now[0], solver_type, now[1]) - predicted
-        past = [*past, now][-order:]
-        p = min(order, i + 1, len(sigmas) - 1 - i)
+            predicted = unified(start, past[-p:], float(sigma), solver_type)
+            x = x + unified(start, past[-p:], float(sigma), solver_type, prediction.x0) - predicted
+        past = [*past, (float(sigma), prediction.x0)][-order:]
+        p = min(len(past), len(sigmas) - 1 - i)
         start = x
-        x = unified(start, past[-p:], float(sigma_next), solver_type)
-        predicted = x.clone()  # x may be changed in place
+        x = prediction.x0 + sigma_next * prediction.eps  # the step from 0
+        if sigma > 0:
+            x = unified(start, past[-p:], float(sigma_next), solver_type)
         step = Step(i, sigma, sigma_next, x, *prediction)
-        x = after(step, (yield step))
+        step = after(step, (yield step))
+        x, past[-1] = step.x, (float(sigma), step.x0)
 
 
 def unified(x: Tensor, past: Past, sigma_next: float, solver_type: str, x0_next: Tensor | None = None) -> Tensor:

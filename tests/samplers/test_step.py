@@ -1,6 +1,7 @@
 """The loop is open: what a consumer sends back is what a sampler goes on from."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from samplers.reference import mixture
 from ldm.samplers import SAMPLERS, Prediction, Schedule, Step, after
 
 SIGMAS = Schedule().sigmas(6)
+REMEMBER_X0, REMEMBER_EPS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc"), ("lms", "plms", "deis")
 ALL = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
 
@@ -22,7 +24,7 @@ def draws():
     return lambda *_: torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
 
 
-def run(sampler, change=None, at=2):
+def run(sampler, change=None, at=2, denoise=denoise):
     """x after every step; `change(steps, step)` at one of them returns the next."""
     noise = draws()
     steps = sampler(denoise, noise() * SIGMAS[0], SIGMAS, noise)
@@ -60,13 +62,39 @@ def test_another_x(sampler):
     assert torch.equal(torch.stack(sent[:2]), torch.stack(plain[:2])) and (sent[2] - plain[2]).abs().max() > 0.1
 
 
-@ALL
-def test_another_x0(sampler):
-    """x is moved by what x0 is moved."""
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in REMEMBER_X0])
+def test_another_x0(name):
+    """x is moved by what x0 is moved; that is all where no x0 is remembered."""
+    sampler = SAMPLERS[name]
     by_x0 = run(sampler, lambda steps, step: steps.send(step._replace(x0=step.x0 + 1)))
     by_x = run(sampler, lambda steps, step: steps.send(step.x + 1))
     for a, b in zip(by_x0, by_x, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("name", REMEMBER_X0 + REMEMBER_EPS)
+def test_another_x0_is_remembered(name, at):
+    """As if it had been predicted, with the same eps; to x happens what `after` says in both runs."""
+    sampler = SAMPLERS[name]
+    options = {"order": 3} if name in ("unipc", "deis") else {}
+    sent = []
+
+    def send_x0(steps, step):
+        sent.append(step.x + 1)
+        return steps.send(step._replace(x0=step.x0 + 1))
+
+    by_x0 = run(partial(sampler, **options), send_x0, at)
+    by_x = run(partial(sampler, **options), lambda steps, step: steps.send(step.x + 1), at)
+
+    def predicts_it(x, sigma):
+        prediction = denoise(x, sigma)
+        return prediction._replace(x0=prediction.x0 + (sigma == SIGMAS[at - 1]))
+
+    predicted = run(partial(sampler, **options), lambda steps, step: steps.send(sent[0]), at, predicts_it)
+    for a, b in zip(by_x0[at:], predicted[at:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert ((by_x0[at] - by_x[at]).abs().max() < 1e-9) == (name in REMEMBER_EPS)
 
 
 @ALL
@@ -106,6 +134,8 @@ def test_the_noise_is_shown(sampler):
 def test_after_by_hand():
     x, x0 = torch.full((1, 1, 2, 2), 5.0), torch.full((1, 1, 2, 2), 2.0)
     step = Step(0, torch.tensor(3.0), torch.tensor(1.0), x, x0, x)
-    assert after(step, None) is x and (after(step, x + 1) == 6).all()
-    assert (after(step, step._replace(x0=x0 + 3)) == 8).all()
-    assert (after(step, step._replace(x=x - 1, x0=x0 + 3)) == 7).all()
+    assert after(step, None) is step and (after(step, x + 1).x == 6).all()
+    moved = after(step, step._replace(x0=x0 + 3))
+    assert (moved.x == 8).all() and (moved.x0 == 5).all() and moved.eps is step.eps
+    both = after(step, step._replace(x=x - 1, x0=x0 + 3))
+    assert (both.x == 7).all() and (both.x0 == 5).all()
