@@ -33,6 +33,7 @@ from ldm.samplers import (
     Schedule,
     Step,
     Steps,
+    checkpointed,
     net_denoiser,
 )
 from ldm.seamless import seamless
@@ -238,7 +239,8 @@ class Pipeline:
             said = f"{width}x{height} is more than {strips.WHOLE_UP_TO:,} pixels: the VAE works in strips"
             tqdm.write(said, file=sys.stderr)
         pipe = self._tiled(settings.tiling)
-        run = pipe._begin(settings)
+        with torch.no_grad():
+            run = pipe._begin(settings)
         x = run.x
         for step in tqdm(run.steps, total=max(len(run.sigmas) - 1, 0), disable=not progress):
             x = step.x
@@ -254,21 +256,69 @@ class Pipeline:
             images = [paste(image, run.picture, run.mask) for image in images]
         return Output([image.crop((0, 0, *run.size)) for image in images], latents, settings.seeds, settings)
 
-    def stream(self, prompt: str | list[str] = "", **settings: Any) -> Steps:
+    def stream(self, prompt: str | list[str] = "", *, grad: bool = False, **settings: Any) -> Steps:
         """The same call as the sampler's own loop: lazily what `__call__` would have shown its callback.
 
         `settings` as for `__call__`, without progress and callback: whoever looks at the steps is both. The loop goes
-        on from the step's x, so that changing it in place changes the picture. Raises ValueError for what is several
-        runs: extend, enlarge, tile, padding_mask_crop.
+        on from the step's x, or from what is sent back (`ldm.samplers.after`).
+
+        grad: keep the graph of the run, for gradients with respect to noise=, latents= and whatever weights require
+        them. Activations are not kept but computed anew on the way back, so that a step costs the memory of one
+        latent (of two where a sampler evaluates twice). Raises ValueError for what is several runs: extend, enlarge,
+        tile, padding_mask_crop.
         """
         check_names(settings)
         s = Settings(prompt, **settings)
-        several = [name for name in ("extend", "tile", "padding_mask_crop") if getattr(s, name) is not None]
-        if several := several + ["enlarge"] * (s.enlarge > 1):
-            raise ValueError(
-                f"{several[0]}={getattr(s, several[0])}: a stream shows one run; call the pipeline for this"
-            )
-        return self._tiled(s.tiling)._begin(s).steps
+        one_run(s, "a stream shows one run")
+        with torch.set_grad_enabled(grad):
+            return self._tiled(s.tiling)._begin(s).steps
+
+    def invert(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        progress: bool = True,
+        callback: Callable[[Step], None] | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """The noise (B,4,h,w) from which the same call makes the picture again: the sampler, run backwards.
+
+            how = {"image": cat, "strength": 1, "sampler": "ddim", "steps": 50, "guidance_scale": 1}
+            noise = pipe.invert("a cat", **how)
+            dog = pipe("a dog", **how, noise=noise)
+
+        `settings`, `progress` and `callback` as for `__call__`; strength says how far up it goes, latents= may take the
+        place of the image. The way there and back has the sampler's own error, which more steps make smaller; guidance
+        makes it larger. Raises ValueError for a sampler that draws noise, and for masks, refiners and edits of several
+        runs. Source: Song et al. 2021, section 5.4, for any sampler.
+        """
+        check_names(settings)
+        s = Settings(prompt, **settings)
+        one_run(s, "one run is inverted")
+        given = [name for name in ("mask", "noise", "refiner") if getattr(s, name) is not None]
+        if given or (s.image is None and s.latents is None):
+            how = f"with {given[0]}=" if given else "without image= or latents="
+            raise ValueError(f"invert {how}: it takes a whole picture, and gives back its noise")
+        plan, factor = levels.plan(s, self.schedule), self.vae.config.factor
+        if not plan.evaluations:
+            raise ValueError(f"strength={s.strength} makes no step that could be inverted: give more, up to 1")
+        pipe, size = self._tiled(s.tiling), canvas.checked_size(s, self.size, factor)
+        picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
+        start, noise = s.latents if picture is None else picture, pipe._noise(s, size)
+        assert start is not None, "checked above"
+        with torch.no_grad():
+            # The call that starts from noise alone never encodes: the mean will do. Else its z, from the same draw.
+            z = pipe._start_latents(s, start, noise.shape, None if plan.replaces else noise)  # (B,4,h,w)
+            seen = pipe._masked(s, picture, None, noise) if self._inpaints else None
+            denoise = pipe._denoiser(s, size, levels.in_log(s, self.schedule), seen)
+            sigmas = plan.sigmas.flip(0)
+            x = z * (1 + sigmas[0] ** 2) ** 0.5  # from the VAE's scale to that of the last sigma
+            steps = self._steps(s, denoise, x, sigmas, no_noise)
+        for step in tqdm(steps, total=plan.evaluations, disable=not progress):
+            x = step.x
+            if callback is not None:
+                callback(step)
+        return x / levels.first_std(s, self.schedule, sigmas[-1]) if plan.replaces else (x - z) / sigmas[-1]
 
     def plan_strength(self, **settings: Any) -> StrengthPlan:
         """What a strength means for the settings of a call (steps, strength, strength_rule, sigmas, ...), to print."""
@@ -336,8 +386,8 @@ class Pipeline:
             pixels = copy.deepcopy(self.vae).float().decode(z.float())
         return finite(pixels, "decoder").float()
 
-    @torch.no_grad()
     def _begin(self, s: Settings) -> Run:
+        """The run of the settings, with gradients or without as they are now, whatever its consumer does later."""
         factor = self.vae.config.factor
         size = canvas.checked_size(s, self.size, factor)
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
@@ -384,10 +434,18 @@ class Pipeline:
         fresh: Noise = noise
         if levels.is_of(s, BROWNIAN):
             fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
-        steps = without_grad(s.sampler_function(denoise, x, sigmas, fresh, **s.options))
+        steps = self._steps(s, denoise, x, sigmas, fresh)
         if kept is not None and s.blend == "noise":
             steps = renoise_outside(steps, kept[0], first, kept[1])
         return Run(x, sigmas, steps, size, picture, mask, kept)
+
+    def _steps(self, s: Settings, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
+        """The sampler's loop, with gradients or without as they are now, whatever its consumer does later."""
+        grad = torch.is_grad_enabled()
+        if grad:
+            denoise = checkpointed(denoise)
+        steps = s.sampler_function(denoise, x, sigmas, noise, **s.options)
+        return torch.set_grad_enabled(grad)(named)(steps)
 
     def _denoiser(self, s: Settings, size: tuple[int, int], log: bool, seen: Tensor | None = None) -> Denoiser:
         """The UNet under the texts of the call, guided. size: (width, height) in pixels. seen (B,5,h,w): what an
@@ -519,10 +577,35 @@ class Pipeline:
         return self._encode(to_tensor(start), noise).expand(s.count, -1, -1, -1)
 
 
-@torch.no_grad()
-def without_grad(steps: Steps) -> Steps:
-    """The sampler's loop runs without gradients, its consumer as it likes."""
-    yield from steps
+def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    raise ValueError(
+        f"the sampler drew noise from sigma {float(sigma):.4f} to {float(sigma_next):.4f}, which no way leads back"
+        " from: invert with a deterministic one (ddim, euler, heun, dpmpp_2m, ...), or with eta=0"
+    )
+
+
+def one_run(s: Settings, why: str) -> None:
+    """Raises ValueError for settings that make several runs."""
+    several = [name for name in ("extend", "tile", "padding_mask_crop") if getattr(s, name) is not None]
+    if several := several + ["enlarge"] * (s.enlarge > 1):
+        raise ValueError(f"{several[0]}={getattr(s, several[0])}: {why}; call the pipeline for this")
+
+
+def named(steps: Steps) -> Steps:
+    """The same steps; NaN or infinity is an error that names the step, before anybody sees it."""
+    i, sent = 0, None
+    try:
+        while True:
+            step = steps.send(sent)
+            if not torch.isfinite(step.x).all():
+                raise FloatingPointError(f"x has NaN or infinity in it after sigma={float(step.sigma):.4f}")
+            i, sent = step.i + 1, (yield step)
+    except StopIteration:
+        return
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {i}: {error}") from error
+    finally:
+        steps.close()
 
 
 def nothing() -> Steps:
