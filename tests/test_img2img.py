@@ -233,6 +233,21 @@ def test_renoised_softly():
     torch.testing.assert_close(steps[-1].x, x, rtol=1e-5, atol=1e-5)
 
 
+def test_renoised_and_sent_x0():
+    """x0 that is sent through it moves x once, and what comes back is renoised no more."""
+    seen = []
+
+    def watched(x, sigma):
+        seen.append(x.clone())
+        return dream(x, sigma)
+
+    sigmas = schedule.sigmas(3)
+    steps = renoise_outside(euler(watched, LATENTS + sigmas[0] * NOISE, sigmas, None), LATENTS, NOISE, MASK)
+    step = next(steps)
+    steps.send(step._replace(x0=step.x0 + 1))
+    torch.testing.assert_close(seen[1], step.x + 1)
+
+
 def colours(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 

@@ -39,7 +39,7 @@ def dpm_2_ancestral(
 ) -> Steps:
     """DPM-Solver-2's step to sigma_down, then noise of standard deviation sigma_up, as in `euler_ancestral`.
 
-    Two evaluations a step and one where sigma_down is 0; steps show the prediction of the first.
+    Two evaluations a step and one where sigma or sigma_down is 0; steps show the prediction of the first.
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)

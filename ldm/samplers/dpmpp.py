@@ -17,7 +17,7 @@ def dpmpp_2s_ancestral(
 ) -> Steps:
     """DPM-Solver++(2S), algorithm 1 with r = 1/2, to sigma_down, then noise of standard deviation sigma_up.
 
-    Two evaluations a step, the second in the middle of lambda to lambda_down; one where sigma_down is 0.
+    Two evaluations a step, the second in the middle of lambda to lambda_down; one where sigma or sigma_down is 0.
     """
     for i, (sigma, sigma_next) in intervals(sigmas):
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
@@ -73,7 +73,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Step
         if last and sigma_next > 0:
             x0_last, h_last = last
             r = h_last / h
-            x = x + (1 - q) * (prediction.x0 - x0_last) / (2 * r)
+            x = x + (1 - q) * (prediction.x0 - x0_last) / (2 * r)  # (1 - q) (D - x0)
         step = Step(i, sigma, sigma_next, x, *prediction)
         step = after(step, (yield step))
         x, last = step.x, (step.x0, h)

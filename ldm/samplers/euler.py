@@ -83,11 +83,12 @@ def ancestral(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Te
         return sigma_next, torch.zeros_like(sigma_next)
     if sigma_next > sigma:
         raise ValueError(
-            f"eta={eta} with sigma rising from {sigma:.4f} to {sigma_next:.4f}: fresh noise is not to be taken out,"
+            f"eta={eta} with sigma rising from {sigma:.4f} to {sigma_next:.4f}: fresh noise cannot be taken out,"
             " use a sampler with eta=0"
         )
-    fresh = (eta**2 * (1 - (sigma_next / sigma) ** 2)).clamp(max=1)  # of the variance
-    return sigma_next * (1 - fresh) ** 0.5, sigma_next * fresh**0.5
+    q = sigma_next / sigma
+    sigma_up = min(sigma_next, eta * sigma_next * (1 - q**2) ** 0.5)
+    return sigma_next * (1 - eta**2 + (eta * q) ** 2).clamp(min=0) ** 0.5, sigma_up  # no difference of what is close
 
 
 def noised(x: Tensor, std: Tensor, noise: Noise, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -66,7 +66,7 @@ def accepted(step: Step, name: str, value: Any) -> Tensor:
         given = f"a {type(value).__name__}"
     elif value.shape != step.x.shape or value.device != step.x.device or not value.is_floating_point():
         given = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-    elif not torch.isfinite(value.detach()).all():
+    elif not torch.isfinite(value.detach().to(step.x.dtype)).all():
         given = "with NaN or infinity"
     else:
         return value.to(step.x.dtype)
@@ -90,24 +90,24 @@ def intervals(sigmas: Tensor, falling: bool = False) -> Iterator[tuple[int, tupl
 
 
 def checked(sigmas: Tensor, falling: bool = False) -> Tensor:
-    """The sigmas (steps + 1,), if they are finite, none below 0, and each below the last or each above it.
+    """The sigmas (steps + 1,) again. Raises ValueError unless they are finite, 0 or more, and all fall or all rise.
 
-    falling: also not above it, as for whoever adds fresh noise on the way. Raises ValueError.
+    falling: they must fall, as for whoever adds fresh noise on the way.
     """
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas of shape {tuple(sigmas.shape)}: give those of the steps and the last, (steps + 1,)")
     good = torch.isfinite(sigmas) & (sigmas >= 0)
     if not good.all():
-        i = int(good.int().argmin())
+        i = int((~good).nonzero()[0])
         raise ValueError(f"sigmas[{i}] is {float(sigmas[i])}: give finite ones of 0 or more")
     down = sigmas.diff() < 0
     up = sigmas.diff() > 0
     good = down if falling or (len(down) and down[0]) else up
     if not good.all():
-        i = int(good.int().argmin())
+        i = int((~good).nonzero()[0])
         pair = f"sigmas[{i}] and [{i + 1}] are {float(sigmas[i])} and {float(sigmas[i + 1])}"
-        accepted = "fall from step to step, or rise from step to step (backwards, from picture to noise)"
+        must = "fall from step to step, or rise from step to step (backwards, from picture to noise)"
         if falling and up.all():
-            accepted = "fall here, since fresh noise is not to be taken out: ddim, euler, ... rise (eta=0, s_churn=0)"
-        raise ValueError(f"{pair}: sigmas must {accepted}")
+            must = "fall here, since fresh noise cannot be taken out: ddim, euler, ... rise (eta=0, s_churn=0)"
+        raise ValueError(f"{pair}: sigmas must {must}")
     return sigmas

@@ -82,7 +82,7 @@ def test_up_and_down(sampler):
 )
 def test_only_down(sampler, options):
     watched = Watched()
-    message = r"^sigmas\[0\] and \[1\] are 1.0 and 2.0: sigmas must fall here, since fresh noise is not to be taken out"
+    message = r"^sigmas\[0\] and \[1\] are 1.0 and 2.0: sigmas must fall here, since fresh noise cannot be taken out"
     with pytest.raises(ValueError, match=message):
         next(begun(sampler, torch.tensor([1.0, 2.0, 3.0]), watched, **options))
     assert watched.calls == 0
@@ -97,7 +97,7 @@ def test_only_down(sampler, options):
 )
 def test_no_noise_upwards(name, options):
     watched = Watched()
-    with pytest.raises(ValueError, match=r"^eta=.* with sigma rising from 1.0000 to 2.0000: fresh noise is not to be"):
+    with pytest.raises(ValueError, match=r"^eta=.* with sigma rising from 1.0000 to 2.0000: fresh noise cannot be"):
         next(begun(SAMPLERS[name], torch.tensor([1.0, 2.0, 3.0]), watched, **options))
     assert watched.calls == 0
 
@@ -128,15 +128,13 @@ def test_any_count_to_0_or_above(sampler, steps, end):
 
 
 def test_ancestral_parts():
-    """sigma_down of close neighbours, where the difference of two squares would lose it to float32."""
-    sigma, sigma_next = torch.tensor(2.0, dtype=torch.float64), torch.tensor(1e-4, dtype=torch.float64)
-    exact = sigma_next**2 / sigma  # for eta 1
-    assert ancestral(sigma.float(), sigma_next.float(), 1.0)[0].item() == pytest.approx(0.0, abs=1e-7)
-    assert ancestral(sigma, sigma_next, 1.0)[0].item() == pytest.approx(exact.item(), rel=1e-6)
+    """sigma_down of distant sigmas, all of whose digits the difference of two squares would lose to float32."""
+    sigma, sigma_next = torch.tensor(14.6), torch.tensor(0.005)
+    assert ancestral(sigma, sigma_next, 1.0)[0].item() == pytest.approx(0.005**2 / 14.6, rel=1e-6)
     for eta in (0.3, 1.0, 2.0):
-        down, up = ancestral(sigma, sigma / 2, eta)
-        assert (down**2 + up**2).item() == pytest.approx(1.0, rel=1e-12)
-    assert [float(s) for s in ancestral(sigma_next, sigma, 0.0)] == [2.0, 0.0]
+        down, up = ancestral(sigma.double(), sigma.double() / 2, eta)
+        assert (down**2 + up**2).item() == pytest.approx(sigma.item() ** 2 / 4, rel=1e-12)
+    assert [s.item() for s in ancestral(sigma_next, sigma, 0.0)] == [sigma.item(), 0.0]
 
 
 # ------------------------------------------------------------------------------------------------ the denoiser

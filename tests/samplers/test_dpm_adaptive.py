@@ -137,7 +137,7 @@ def broken(x: Tensor, sigma: Tensor) -> Prediction:
     ("denoise", "sigmas", "options", "error", "message"),
     [
         (mixture_denoiser, SIGMAS, {"order": 4}, ValueError, "order=4: use 2 or 3"),
-        (mixture_denoiser, SIGMAS[:-1].flip(0), {"eta": 1.0}, ValueError, "fresh noise is not to be taken out"),
+        (mixture_denoiser, SIGMAS[:-1].flip(0), {"eta": 1.0}, ValueError, "fresh noise cannot be taken out"),
         (broken, SIGMAS, {}, FloatingPointError, "NaN or infinity in step 0, at sigma=14.6146"),
     ],
 )

@@ -93,10 +93,14 @@ def test_first_step_from_clean_is_euler_s(name):
     x = MEAN + STD * normal(50)
     sigmas = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
 
+    asked = []
+
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+        asked.append(float(sigma))
         return Prediction(x - sigma * torch.cos(x), torch.cos(x))  # not 0 at sigma 0, as an untrue net's
 
     first = go(name, denoise, x, sigmas)[0].x
+    assert asked.count(0.0) == 1
     expected = x + 0.5 * torch.cos(x)
     if name in ("heun", "plms"):
         expected = x + 0.25 * (torch.cos(x) + torch.cos(expected))

@@ -139,3 +139,5 @@ def test_after_by_hand():
     assert (moved.x == 8).all() and (moved.x0 == 5).all() and moved.eps is step.eps
     both = after(step, step._replace(x=x - 1, x0=x0 + 3))
     assert (both.x == 7).all() and (both.x0 == 5).all()
+    with pytest.raises(ValueError, match="step 0 was sent x with NaN or infinity"):
+        after(step, x.double() * 1e300)  # more than the dtype of x holds
