@@ -159,7 +159,7 @@ def order(
     One that does: its weak order, the error of the mean and covariance on GAUSSIAN (`moments`), no random numbers used.
     brownian: its noise is taken along one Brownian path; by default for those of ldm's that are so run.
     """
-    weak = bool(draws(sampler, sigmas(counts[0])))
+    weak = bool(draws(sampler, sigmas(counts[-1])))
     brownian = sampler in BROWNIAN if brownian is None else brownian
     used, errors = [], []
     for count in counts:
@@ -215,7 +215,7 @@ def moments(
         raise ValueError("this sampler is not affine in x and in its noise on Gaussian data: use `distribution`")
     start = GAUSSIAN.covariance + sigmas[0] ** 2 * torch.eye(d)
     first, later = coefficients[:d], coefficients[d:].unflatten(0, (-1, d))  # (d,d), (draws,d,d): from, to
-    low, high = torch.tensor(spans, dtype=torch.float64).T
+    low, high = torch.tensor(spans, dtype=torch.float64).reshape(-1, 2).T
     overlap = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0)
     together = overlap / ((high - low)[:, None] * (high - low)).sqrt() if brownian else torch.eye(len(spans)).double()
     covariance = first.T @ start @ first + torch.einsum("ij,ikm,jkn->mn", together, later, later)
