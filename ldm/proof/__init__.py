@@ -169,7 +169,7 @@ def order(
             errors.append(max(distances(mean, covariance, GAUSSIAN, float(s[-1]))))
         else:
             x = MIXTURE.sample(64, s[0], seed=1)
-            true = [MIXTURE.flow(x, s[0], sigma, steps=1000) for sigma in s[1 : exact + 1]]
+            true = [MIXTURE.flow(x, s[0], sigma, steps=100) for sigma in s[1 : exact + 1]]
             got, evaluations = run(sampler, MIXTURE.denoise, x, s, fresh(x.shape), true)
             errors.append(float((got - solution(float(s[0]), float(s[-1]))).abs().max()))
         used.append(evaluations)

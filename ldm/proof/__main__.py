@@ -47,13 +47,15 @@ def to_sigma_min(steps: int) -> Tensor:
 
 
 def even(steps: int) -> Tensor:
-    return torch.linspace(3, 0.5, steps + 1, dtype=torch.float64)
+    """In equal parts of sigma, between the same ends."""
+    high, low = window(1).tolist()
+    return torch.linspace(high, low, steps + 1, dtype=torch.float64)
 
 
 def still(steps: int) -> Tensor:
-    """And a last step of no length."""
-    sigmas = window(steps)
-    return torch.cat([sigmas, sigmas[-1:] * (1 - 1e-9)])
+    """With a last step of no length."""
+    *most, last = window(steps)
+    return torch.stack([*most, last * (1 + 1e-9), last])
 
 
 def student(data: Mixture, reach: Callable[[Tensor], Tensor | float]) -> Denoiser:
@@ -108,7 +110,7 @@ ROWS = {
     ),
     "plms": Row(
         4,
-        "its weights are those of steps of equal length in sigma; on such steps, from 3 to 0.5, it is {:.2f}",
+        "its weights are those of steps of equal length in sigma; on such steps it is {:.2f}",
         lambda: order(plms, even).slope,
     ),
     "dpmpp_2s_ancestral": Row(2, ANCESTRAL),
