@@ -55,6 +55,10 @@ class Mixture:
         z *= (self.variances[k] + sigma**2).sqrt()
         return self.means[k] + torch.einsum("bde,be->bd", self.axes[k], z)
 
+    def noised(self, sigma: Tensor | float) -> Tensor:
+        """(d,d), the covariance with noise of sigma."""
+        return self.covariance + sigma**2 * torch.eye(len(self.mean), dtype=torch.float64)
+
     def flow(self, x: Tensor, sigma: Tensor | float, sigma_end: Tensor | float, steps: int = 10_000) -> Tensor:
         """x at sigma_end of the probability flow dx/dsigma = eps that is x at sigma.
 
@@ -213,11 +217,15 @@ def moments(
     still, check, coefficients = x[0], x[1], x[2:] - x[0]
     if not torch.allclose(check, still + random[0] @ coefficients, rtol=1e-9, atol=1e-9):
         raise ValueError("this sampler is not affine in x and in its noise on Gaussian data: use `distribution`")
-    start = GAUSSIAN.covariance + sigmas[0] ** 2 * torch.eye(d)
+    start = GAUSSIAN.noised(sigmas[0])
     first, later = coefficients[:d], coefficients[d:].unflatten(0, (-1, d))  # (d,d), (draws,d,d): from, to
     low, high = torch.tensor(spans, dtype=torch.float64).reshape(-1, 2).T
     overlap = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0)
-    together = overlap / ((high - low)[:, None] * (high - low)).sqrt() if brownian else torch.eye(len(spans)).double()
+    together = (
+        overlap / ((high - low)[:, None] * (high - low)).sqrt()
+        if brownian
+        else torch.eye(len(spans), dtype=torch.float64)
+    )
     covariance = first.T @ start @ first + torch.einsum("ij,ikm,jkn->mn", together, later, later)
     return still + GAUSSIAN.mean @ first, covariance, evaluations
 
@@ -225,7 +233,7 @@ def moments(
 def distances(mean: Tensor, covariance: Tensor, data: Mixture, sigma: float = 0.0) -> tuple[float, float]:
     """Error of the mean, in standard deviations of the data with noise of sigma, and of the covariance, relative
     Frobenius norm."""
-    true = data.covariance + sigma**2 * torch.eye(len(mean))
+    true = data.noised(sigma)
     return float((mean - data.mean).norm() / true.trace().sqrt()), float((covariance - true).norm() / true.norm())
 
 
