@@ -57,7 +57,7 @@ points, karras sigmas that end with the step to 0 for all, and a start from data
 from noise alone, an error of the start, not of the sampler.) The last row is 20,000 other points of the data: below
 such figures all are alike. "-" is a tolerance that dpm_adaptive cannot meet with so few.
 
-Few evaluations and many are different contests: with 5 the methods of one evaluation a step are ahead of those of two,
+Few evaluations and many are different contests: with 5 most methods of one evaluation a step are ahead of those of two,
 which have only three steps for the whole way, and order says little until there are some 20. The data has no detail as
 fine as that of pictures, and the denoiser no error of its own; nothing here says which picture looks better.
 
