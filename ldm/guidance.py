@@ -60,8 +60,9 @@ def dynamic_thresholding(
     """CFG, of which x0 is clipped to [-s, s] and multiplied by limit / s (Saharia et al. 2022, section 2.3).
 
     s is this percentile of the picture's |x0|, or the limit where that is more. For the pixels of Imagen the limit is
-    1; latents know no such bound: None is the largest |x0| under the prompt alone, picture by picture. Raises
-    ValueError for a percentile outside 0..1 or a limit that is not above 0.
+    1. Latents know no such bound, and no grey that is 0: None takes x0 from the mean of each channel, which stays, and
+    for the limit the farthest from there that the picture has under the prompt alone. Raises ValueError for a
+    percentile outside 0..1 or a limit that is not above 0.
     """
     if not 0 <= percentile <= 1:
         raise ValueError(f"percentile={percentile}: give a number from 0 to 1")
@@ -69,11 +70,20 @@ def dynamic_thresholding(
         raise ValueError(f"limit={limit}: give a number above 0, or None for that of the prompt alone")
     eps = cfg(eps_cond, eps_uncond, sigma, scale=scale)
     x0 = x - sigma * eps
-    bounds = (x - sigma * eps_cond).abs().amax((1, 2, 3)) if limit is None else x0.new_full(x0.shape[:1], limit)  # (B,)
+    if limit is None:
+        x0, x0_cond = centred(x0), centred(x - sigma * eps_cond)
+        limits = x0_cond.abs().amax((1, 2, 3))  # (B,)
+    else:
+        limits = x0.new_full(x0.shape[:1], limit)
     # Row by row: torch.quantile takes no more than 2^24 values.
-    s = torch.stack([torch.quantile(row, percentile) for row in x0.abs().flatten(1)]).maximum(bounds)
-    s, bounds = s[:, None, None, None], bounds[:, None, None, None]  # (B,1,1,1)
-    return eps + (x0 - x0.clamp(-s, s) * (bounds / s)) / sigma
+    s = torch.stack([torch.quantile(row, percentile) for row in x0.abs().flatten(1)]).maximum(limits)
+    s, limits = s[:, None, None, None], limits[:, None, None, None]  # (B,1,1,1)
+    return eps + (x0 - x0.clamp(-s, s) * (limits / s)) / sigma
+
+
+def centred(z: Tensor) -> Tensor:
+    """z (B,4,h,w) without the mean of each channel."""
+    return z - z.mean((2, 3), keepdim=True)
 
 
 def perp_neg(
@@ -116,7 +126,7 @@ def apg(
     update = sigma * (eps_uncond - eps_cond) + momentum * memory.get("update", 0.0)  # x0_cond - x0_uncond, averaged
     memory["update"] = update
     if norm_threshold > 0:
-        norm = update.norm(dim=(1, 2, 3), keepdim=True)
+        norm = torch.linalg.vector_norm(update, dim=(1, 2, 3), keepdim=True)
         update = update * (norm_threshold / norm).clamp(max=1)
     parallel = projection(update, x - sigma * eps_cond)
     return eps_cond - (scale - 1) / sigma * (update - parallel + eta * parallel)
@@ -125,7 +135,8 @@ def apg(
 def projection(v: Tensor, direction: Tensor) -> Tensor:
     """The part of v (B,4,h,w) parallel to `direction`, picture by picture; 0 where that is 0."""
     dims = (1, 2, 3)
-    unit = direction / direction.norm(dim=dims, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+    norm = torch.linalg.vector_norm(direction, dim=dims, keepdim=True)
+    unit = direction / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     return (v * unit).sum(dims, keepdim=True) * unit
 
 
