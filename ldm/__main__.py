@@ -15,6 +15,7 @@ from PIL import Image
 
 from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
+from ldm.guidance import GUIDANCES
 from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, save, to_rgb
 from ldm.inspection import inspect
 from ldm.output import Output
@@ -97,6 +98,7 @@ def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
         "refiner",
         "emphasis",
         "sampler_options",
+        "guidance_options",
     }
     settings = Settings(
         **{name: getattr(a, name) for name in names},
@@ -105,6 +107,7 @@ def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
         image=open_image("--image", a.image),
         mask=open_image("--mask", a.mask),
         sampler_options=None if a.sampler_options is None else dict(a.sampler_options),
+        guidance_options=None if a.guidance_options is None else dict(a.guidance_options),
         emphasis=None if a.emphasis == "off" else a.emphasis,
     )
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
@@ -298,6 +301,13 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1 (default: the sampler's own)")
     p.add_argument(
         "--sampler-options", type=option, nargs="+", metavar="NAME=VALUE", help="its further arguments, s_churn=10"
+    )
+    p.add_argument("--guidance", choices=GUIDANCES, default="cfg", help="how the two predictions become one")
+    p.add_argument(
+        "--guidance-options", type=option, nargs="+", metavar="NAME=VALUE", help="its further arguments, eta=0.5"
+    )
+    p.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only between these sigmas"
     )
     p.add_argument(
         "--guidance-rescale", type=float, default=0.0, metavar="R", help="tame strong guidance, 0 to 1 (default 0)"

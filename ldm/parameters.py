@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import ldm
+from ldm.guidance import GUIDANCES
 from ldm.image import open_picture, read_text
 from ldm.samplers import ALIASES
 from ldm.settings import LISTS, Settings
@@ -143,6 +144,9 @@ def parameters(
         default = value is field.default or (isinstance(value, (str, int, float, tuple)) and value == field.default)
         if not default and field.name not in (*values, "prompt", "negative_prompt"):
             values[field.name] = value
+    if "guidance" in values:  # of a function that is not ours the name alone would be taken for ours
+        name = s.guidance_name
+        values["guidance"] = name if GUIDANCES.get(name) is s.guidance_function else f"<{name.strip('<>')}>"
     if isinstance(s.sigmas, str):
         values["spacing"] = values.pop("sigmas")
     elif s.sigmas is not None:

@@ -19,7 +19,7 @@ from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
 from ldm.edit import enlarged, in_tiles, only_masked, outpainted
-from ldm.guidance import guided, handed_over
+from ldm.guidance import Guide, asked, bound, cfg, guided, handed_over, only_between
 from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside
 from ldm.noise import SeededNoise
@@ -264,8 +264,8 @@ class Pipeline:
 
         grad: keep the graph of the run, for gradients with respect to noise=, latents= and whatever weights require
         them. Activations are not kept but computed anew on the way back, so that a step costs the memory of one
-        latent (of two where a sampler evaluates twice). Raises ValueError for what is several runs: extend, enlarge,
-        tile, padding_mask_crop.
+        latent (of two where a sampler evaluates twice; of all activations under a guidance that remembers, apg).
+        Raises ValueError for what is several runs: extend, enlarge, tile, padding_mask_crop.
         """
         check_names(settings)
         s = Settings(prompt, **settings)
@@ -310,8 +310,8 @@ class Pipeline:
             # The call that starts from noise alone never encodes: the mean will do. Else its z, from the same draw.
             z = pipe._start_latents(s, start, noise.shape, None if plan.replaces else noise)  # (B,4,h,w)
             seen = pipe._masked(s, picture, None, noise) if self._inpaints else None
-            denoise = pipe._denoiser(s, size, levels.in_log(s, self.schedule), seen)
             sigmas = plan.sigmas.flip(0)
+            denoise = pipe._denoiser(s, size, levels.in_log(s, self.schedule), guide_of(s, sigmas), seen)
             x = z * (1 + sigmas[0] ** 2) ** 0.5  # from the VAE's scale to that of the last sigma
             steps = self._steps(s, denoise, x, sigmas, no_noise)
         for step in tqdm(steps, total=plan.evaluations, disable=not progress):
@@ -421,10 +421,11 @@ class Pipeline:
 
         log = levels.in_log(s, self.schedule)
         seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        denoise = self._denoiser(s, size, log, seen)
+        guide = guide_of(s, sigmas)
+        denoise = self._denoiser(s, size, log, guide, seen)
         if s.refiner is not None:
             self._check_refiner(s)
-            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, log)
+            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, log, guide)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
@@ -442,35 +443,58 @@ class Pipeline:
     def _steps(self, s: Settings, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
         """The sampler's loop, with gradients or without as they are now, whatever its consumer does later."""
         grad = torch.is_grad_enabled()
-        if grad:
+        if grad and "memory" not in asked(s.guidance_function):  # what remembers its calls must not be called again
             denoise = checkpointed(denoise)
         steps = s.sampler_function(denoise, x, sigmas, noise, **s.options)
         return torch.set_grad_enabled(grad)(named)(steps)
 
-    def _denoiser(self, s: Settings, size: tuple[int, int], log: bool, seen: Tensor | None = None) -> Denoiser:
-        """The UNet under the texts of the call, guided. size: (width, height) in pixels. seen (B,5,h,w): what an
-        inpainting model is shown beside x."""
-        texts = s.texts + (s.negative_texts if s.guidance_scale != 1 else [])
-        chunks = max(len(self.plan(text, s.emphasis).chunks) for text in texts)
-        context, pooled = self.encode_text(s.texts, s.clip_skip, s.emphasis, chunks)
-        scores = [s.aesthetic_score] * s.count
-        if s.guidance_scale != 1:
-            away = self.encode_text(s.negative_texts, s.clip_skip, s.emphasis, chunks)
-            if self.zero_negative and s.negative_prompt is None:
-                away = TextEncoding(*map(torch.zeros_like, away))
-            context, pooled = torch.cat([away.context, context]), torch.cat([away.pooled, pooled])  # (2B,...)
-            scores = [s.negative_aesthetic_score] * s.count + scores
+    def _denoiser(
+        self, s: Settings, size: tuple[int, int], log: bool, guide: Guide | None = None, seen: Tensor | None = None
+    ) -> Denoiser:
+        """The UNet under the texts of the call, guided, by CFG unless there is a `guide`. size: (width, height) in
+        pixels. seen (B,5,h,w): what an inpainting model is shown beside x."""
+        parts = self._texts(s)
+        context, pooled = (torch.cat(both) for both in zip(*parts, strict=True))  # (B,...) for each part
+        scores = [s.negative_aesthetic_score] * s.count * (len(parts) - 1) + [s.aesthetic_score] * s.count
         vector = None if self.unet.config.vector_width is None else self._vector(s, pooled, size, scores)
 
-        def net(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            if seen is not None:
-                x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
-            return self.unet(x, t, context, vector)
+        def under(rows: slice) -> Denoiser:
+            own = None if vector is None else vector[rows]
 
-        denoise = net_denoiser(net, context, self.schedule, self.prediction_type, log)
-        if s.guidance_scale == 1:
+            def net(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+                if seen is not None:
+                    x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
+                return self.unet(x, t, context, own)
+
+            return net_denoiser(net, context[rows], self.schedule, self.prediction_type, log)
+
+        denoise = under(slice(None))
+        if not s.guides:
             return denoise
-        return guided(denoise, s.guidance_scale, s.guidance_rescale, self.prediction_type == "v_prediction")
+        v = self.prediction_type == "v_prediction"
+        denoise = guided(denoise, s.guidance_scale, s.guidance_rescale, v, guide, len(parts))
+        if s.guidance_interval is None:
+            return denoise
+        return only_between(denoise, under(slice(-s.count, None)), *s.guidance_interval)
+
+    def _texts(self, s: Settings) -> list[TextEncoding]:
+        """Of the prompts; before them, to guide, of the negative prompts; and before these, where the guidance asks for
+        it and it is not the same, of no negative prompt."""
+        texts = s.texts + (s.negative_texts if s.guides else [])
+        chunks = max(len(self.plan(text, s.emphasis).chunks) for text in texts)
+
+        def encoded(texts: list[str], none: bool) -> TextEncoding:
+            encoding = self.encode_text(texts, s.clip_skip, s.emphasis, chunks)
+            return TextEncoding(*map(torch.zeros_like, encoding)) if none and self.zero_negative else encoding
+
+        parts = [encoded(s.texts, none=False)]
+        if s.guides:
+            parts.insert(0, encoded(s.negative_texts, none=s.negative_prompt is None))
+        if "eps_empty" in asked(s.guidance_function):
+            empty = encoded([""] * s.count, none=True)
+            if not all(map(torch.equal, empty, parts[0])):
+                parts.insert(0, empty)
+        return parts
 
     def _vector(self, s: Settings, pooled: Tensor, size: tuple[int, int], scores: list[float]) -> Tensor:
         """SDXL's size conditioning (B,vector_width), of pooled (B,projection) and as many aesthetic scores."""
@@ -575,6 +599,13 @@ class Pipeline:
                 )
             return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
         return self._encode(to_tensor(start), noise).expand(s.count, -1, -1, -1)
+
+
+def guide_of(s: Settings, sigmas: Tensor) -> Guide | None:
+    """The guidance function for one run; None is plain CFG."""
+    if s.guidance_function is cfg:
+        return None
+    return bound(s.guidance_function, s.guidance_options or {}, sigmas)
 
 
 def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:

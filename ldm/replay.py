@@ -129,7 +129,7 @@ def spelled(key: str, value: Any, action: argparse.Action) -> list[str]:
         words = [[f"{path}:{scale!r}"] for path, scale in value]
     elif key == "embedding":
         words = [[path if word is None else f"{word}={path}"] for word, path in value]
-    elif key == "sampler_options" and isinstance(value, dict) and value:
+    elif key in ("sampler_options", "guidance_options") and isinstance(value, dict) and value:
         words = [[f"{name}={json.dumps(part)}" for name, part in value.items()]]
     elif action.nargs is None:
         words = [["off" if value is None else str(value)]]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.guidance import GIVEN, GUIDANCES, Guidance, accepted, asked, cfg, name_of
 from ldm.image import upright_size
 from ldm.img2img import CANVAS_FILLS, STRENGTH_RULES
 from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
@@ -69,6 +70,14 @@ def check_names(given: Iterable[str]) -> None:
             close = [PEERS[name]] if name in PEERS else difflib.get_close_matches(name, names, 1)
             meant = f"did you mean {close[0]}=? " if close else ""
             raise TypeError(f"{name}= is no setting: {meant}There are {', '.join(names)}")
+
+
+def check_options(given: Mapping[str, Any], known: list[str] | None, whose: str) -> None:
+    """Raises ValueError for an option that is not among those that are known; None: any is."""
+    for name, value in given.items():
+        if known is not None and name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has no options"
+            raise ValueError(f"{name}={value}: {whose} has no {name}; {has}")
 
 
 def check_mask(mask: tuple[int, int], picture: tuple[int, int]) -> None:
@@ -127,7 +136,14 @@ class Settings:
         (there, None is the model's native size). tile_overlap: pixels that neighbours share; None: a quarter.
     eta: the share of fresh noise, 0 to 1; None: the sampler's own, 0 in ddim and 1 in the ancestral ones.
     sampler_options: further arguments of the sampler, {"s_churn": 10}.
-    guidance_rescale: 0 to 1, tames strong guidance in models with v prediction (Lin et al. 2023 take 0.7).
+    guidance: how the prompt's noise and the negative prompt's become one: a name of `ldm.guidance.GUIDANCES`, or a
+        function of (eps_cond, eps_uncond, sigma) that returns eps; by naming more parameters it gets more (see there).
+        "cfg"; "cfg_pp", whose guidance_scale is 0 to 1; "perp_neg", for a negative prompt that overlaps the prompt;
+        "apg" and "dynamic_thresholding", for high scales. Any but "cfg" guides at guidance_scale 1 too.
+    guidance_options: its further arguments, {"norm_threshold": 15}.
+    guidance_interval: (low, high), guide where low < sigma <= high, elsewhere run the prompt alone, which is half of
+        the work (Kynkäänniemi et al. 2024 take 0.28 and 5.42 for SDXL).
+    guidance_rescale: 0 to 1, tames strong guidance, of any kind, with v prediction (Lin et al. 2023 take 0.7).
     original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) and (top, left) in
         pixels, as in diffusers; sizes of None are the picture's own. aesthetic_score, negative_aesthetic_score: its
         refiner's.
@@ -169,6 +185,9 @@ class Settings:
     noise: Tensor | None = field(default=None, repr=False)
     eta: float | None = None
     sampler_options: Mapping[str, Any] | None = None
+    guidance: str | Guidance = "cfg"
+    guidance_options: Mapping[str, Any] | None = None
+    guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     original_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] = (0, 0)
@@ -214,9 +233,9 @@ class Settings:
         for name, low in {"width": 1, "height": 1, "padding_mask_crop": 0, "tile": 1, "tile_overlap": 0}.items():
             if getattr(self, name) is not None and not is_whole(getattr(self, name), low):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels from {low}, or None")
-        for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(map(repr, accepted))}")
+        for name, words in CHOICES.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(map(repr, words))}")
         if not isinstance(self.paste_back, bool):
             raise ValueError(f"paste_back={self.paste_back!r}: give True or False")
         if not 0 <= self.mask_blur < math.inf:
@@ -293,15 +312,37 @@ class Settings:
             raise ValueError(f"subseed_strength={self.subseed_strength} without a subseed: give subseed= as well")
         if self.noise is not None and (self.subseed_strength or self.seed_resize_from is not None):
             raise ValueError("noise takes the place of what subseed_strength and seed_resize_from vary: leave it out")
-        if not isinstance(self.sampler_options, (Mapping, NoneType)):
-            raise ValueError(f"sampler_options={self.sampler_options!r}: give a dictionary of the sampler's arguments")
+        for kind in ("sampler", "guidance"):
+            given = getattr(self, f"{kind}_options")
+            if not isinstance(given, (Mapping, NoneType)):
+                raise ValueError(f"{kind}_options={given!r}: give a dictionary of the {kind}'s arguments")
         if self.eta is not None and "eta" in (self.sampler_options or {}):
             raise ValueError("eta and sampler_options['eta'] say the same: give one of them")
-        known = self.accepted_options
-        for name in self.options:
-            if known is not None and name not in known:
-                has = f"it has {', '.join(known)}" if known else "it has no options"
-                raise ValueError(f"{name}={self.options[name]}: the sampler {self.sampler_name!r} has no {name}; {has}")
+        check_options(self.options, self.accepted_options, f"the sampler {self.sampler_name!r}")
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        """Raises ValueError for a guidance that cannot be called, options that it lacks, and no interval."""
+        if not callable(self.guidance) and self.guidance_name not in GUIDANCES:
+            raise ValueError(
+                f"unknown guidance {self.guidance!r}: use {', '.join(GUIDANCES)}, or pass a function of (eps_cond,"
+                " eps_uncond, sigma)"
+            )
+        function, options = self.guidance_function, dict(self.guidance_options or {})
+        check_options(options, accepted(function), f"the guidance {self.guidance_name!r}")
+        try:
+            inspect.signature(function).bind(None, None, None, **dict.fromkeys(asked(function)), **options)
+        except TypeError as error:
+            raise ValueError(
+                f"guidance {self.guidance_name!r} with guidance_options={options}: {error}; it is called with eps_cond,"
+                f" eps_uncond and sigma, by name with what it asks for of {', '.join(GIVEN)}, and with the options"
+            ) from error
+        if self.guidance_interval is not None:
+            pair = self.guidance_interval
+            two = isinstance(pair, (list, tuple)) and len(pair) == 2
+            numbers = two and all(isinstance(n, Real) and not isinstance(n, bool) for n in pair)
+            if not numbers or not 0 <= pair[0] < pair[1]:
+                raise ValueError(f"guidance_interval={pair!r}: give two sigmas (low, high) with 0 <= low < high")
 
     def _check_edits(self) -> None:
         """Raises ValueError for edits that lack what they edit, or that cannot be one call together."""
@@ -394,6 +435,17 @@ class Settings:
 
     @property
     def sampler_name(self) -> str:
-        if isinstance(self.sampler, str):
-            return ALIASES.get(self.sampler, self.sampler)
-        return getattr(self.sampler, "__name__", repr(self.sampler))
+        return ALIASES.get(self.sampler, self.sampler) if isinstance(self.sampler, str) else name_of(self.sampler)
+
+    @property
+    def guides(self) -> bool:
+        """Whether the net runs under more than the prompts."""
+        return self.guidance_scale != 1 or self.guidance_function is not cfg
+
+    @property
+    def guidance_function(self) -> Guidance:
+        return GUIDANCES[self.guidance] if isinstance(self.guidance, str) else self.guidance
+
+    @property
+    def guidance_name(self) -> str:
+        return self.guidance if isinstance(self.guidance, str) else name_of(self.guidance)

@@ -188,3 +188,20 @@ def test_nan_is_named_by_its_step(pipe):
 
     with pytest.raises(FloatingPointError, match=r"step \d.* sigma=[0-4]\.\d"):
         pipe(HEART, sampler=poisoned, steps=6, progress=False)
+
+
+def test_gradients_under_a_guidance_that_remembers(pipe):
+    """APG's average of updates: were its steps computed anew on the way back, they would be averaged twice."""
+    generator = torch.Generator().manual_seed(7)
+    noise, weight = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    how = {"steps": 4, "width": 32, "height": 32, "guidance": "apg", "guidance_options": {"momentum": -0.5}}
+
+    def loss(noise: Tensor, grad: bool) -> Tensor:
+        return (last(pipe.stream(HEART, noise=noise, grad=grad, **how)).x * weight).sum()
+
+    noise.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(noise, grad=True), noise)
+    with torch.no_grad():
+        h, direction = 0.01, gradient / gradient.norm()
+        difference = float(loss(noise + h * direction, False) - loss(noise - h * direction, False)) / (2 * h)
+    assert float(gradient.norm()) == pytest.approx(difference, rel=2e-3)

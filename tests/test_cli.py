@@ -202,6 +202,7 @@ def test_every_setting(pipe, capsys):
     common = {"image": settings["image"], "steps": 2, "strength": 0.5}
     others = [
         {"sampler": "euler", "sampler_options": {"s_churn": 1.5, "s_noise": 1}},
+        {"guidance": "apg", "guidance_options": {"eta": 0.5, "momentum": -0.5}, "guidance_interval": (0.3, 5.4)},
         {"mask": settings["mask"], "padding_mask_crop": 4},
         {"extend": (0, 8, 16, 0), "extend_fill": "mirror"},
         {"enlarge": 1.5, "enlarge_filter": "lanczos", "tile": 32, "tile_overlap": 16},
@@ -209,7 +210,7 @@ def test_every_setting(pipe, capsys):
     for i, other in enumerate(others):
         main(["fire", "-o", f"{i}.png", "--quiet", *options(common | other)])
         assert pixels(f"{i}.png") == pixels(pipe("fire", **common, **other, progress=False).images[0])
-    settings |= others[0] | others[1] | others[2] | others[3]
+    settings |= {name: value for other in others for name, value in other.items()}
     written = Image.open("x.png").text["parameters"]
     for line in ("Emphasis: No norm", 'Original size: "[64, 48]"', 'Crops coords top left: "[1, 2]"', "Clip skip: 2"):
         assert line in written
@@ -222,6 +223,8 @@ def test_every_setting(pipe, capsys):
         assert line in written
     main(["replay", "x.png", "--quiet"])
     assert Path("x-2.png").read_bytes() == Path("x.png").read_bytes()
+    main(["replay", "1.png", "--quiet"])
+    assert Path("1-2.png").read_bytes() == Path("1.png").read_bytes()
     named = {field.name for field in fields(ldm.Settings)}
     assert named - set(settings) == {"prompt", "batch_size", "latents", "noise"}  # -n; tensors have no spelling
 

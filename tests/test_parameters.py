@@ -19,6 +19,7 @@ import ldm
 from ldm import SAMPLERS, Settings
 from ldm import parameters as module
 from ldm.__main__ import generate_parser
+from ldm.guidance import GUIDANCES
 from ldm.image import save
 from ldm.parameters import parameters, parse, read, split
 from ldm.replay import fingerprint, options_of, recipe, shell_quote, with_files
@@ -99,6 +100,22 @@ def test_what_no_text_holds_is_named():
     assert not recipe(written(Settings("a", sampler=euler)), generate_parser()).problems
 
 
+def test_only_the_guidances_that_ship_are_named():
+    """A function of the same name is another."""
+
+    def apg(eps_cond, eps_uncond, sigma):
+        return eps_cond
+
+    for function, said in ((apg, "<apg>"), (lambda a, b, sigma: a, "<lambda>")):
+        own = recipe(written(Settings("a", guidance=function)), generate_parser())
+        assert own.problems == [f"Guidance: {said} (given from Python, which no text holds)"]
+    for guidance in ("apg", GUIDANCES["apg"]):
+        made = recipe(written(Settings("a", guidance=guidance)), generate_parser())
+        assert not made.problems and made.argv == ["a", "--guidance", "apg"]
+    text = written(Settings("a")).replace("Sampler: euler", "Sampler: euler, Guidance: cads")
+    assert recipe(text, generate_parser()).problems == [f"Guidance: cads (not among {', '.join(GUIDANCES)})"]
+
+
 @dataclass(frozen=True, eq=False)
 class Later(Settings):
     """With settings that are not there yet, of every kind."""
@@ -175,6 +192,8 @@ SINGLE = st.builds(
     height=st.none() | st.integers(1, 5000),
     clip_skip=st.integers(1, 12),
     strength=SHARES,
+    guidance=st.sampled_from(sorted(GUIDANCES)),
+    guidance_interval=st.none() | st.tuples(SHARES, st.floats(1.5, 99)),
     guidance_rescale=SHARES,
     original_size=st.none() | PAIRS,
     crops_coords_top_left=PAIRS,
@@ -347,6 +366,9 @@ OPTIONS = {
     "sigmas": ["--sigmas", "karras"],
     "eta": ["--sampler", "ddim", "--eta", "0.1"],
     "sampler_options": ["--sampler-options", "s_churn=10", "s_noise=0.30000000000000004"],
+    "guidance": ["--guidance", "perp_neg"],
+    "guidance_options": ["--guidance", "apg", "--guidance-options", "norm_threshold=15", "eta=0.30000000000000004"],
+    "guidance_interval": ["--guidance-interval", "0.30000000000000004", "inf"],
     "guidance_rescale": ["--guidance-rescale", "0.30000000000000004"],
     "seed": ["--seed", "18446744073709551610,3"],
     "n": ["-n", "3"],
@@ -417,7 +439,8 @@ def test_every_option_comes_back(inputs, option, prompt, monkeypatch):
     names = {field.name for field in fields(Settings)}
     arguments = {k: v for k, v in vars(a).items() if k in names - {"image", "mask", "refiner"}}
     arguments |= {"batch_size": a.n, "emphasis": None if a.emphasis == "off" else a.emphasis}
-    arguments["sampler_options"] = a.sampler_options and dict(a.sampler_options)
+    for name in ("sampler_options", "guidance_options"):
+        arguments[name] = getattr(a, name) and dict(getattr(a, name))
     arguments |= {k: PICTURE for k in ("image", "mask") if getattr(a, k) is not None}
     if a.refiner is not None:
         arguments["refiner"] = argparse.Namespace(name="r")

@@ -1,6 +1,7 @@
 """What can be asked for; and what cannot is refused with a message that says what was given and what to do."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from ldm import SAMPLERS, Settings
+from ldm.guidance import GUIDANCES, apg
 from ldm.samplers import SPACINGS, euler
 from ldm.settings import check_names
 
@@ -26,6 +28,21 @@ NAN, INF = float("nan"), float("inf")
         ({"sampler": "ddpm", "sampler_options": {"eta": 1}}, "eta=1: the sampler 'ddpm' has no eta; it has no options"),
         ({"sampler": "ddim", "eta": 1, "sampler_options": {"eta": 1}}, "eta and sampler_options.* say the same"),
         ({"sampler_options": ["s_churn"]}, "sampler_options=.* give a dictionary"),
+        ({"guidance": "apgg"}, f"unknown guidance 'apgg': use {', '.join(GUIDANCES)}, or pass a function of"),
+        *[({"guidance": g}, f"unknown guidance {re.escape(repr(g))}: use cfg") for g in (None, 7.5, ["apg"])],
+        (
+            {"guidance": lambda a, b: a},
+            "guidance '<lambda>' .* too many positional .* called with eps_cond, eps_uncond",
+        ),
+        ({"guidance": lambda a, b, s, w: a}, "guidance '<lambda>' .* missing a required argument: 'w'"),
+        ({"guidance": "apg", "guidance_options": {"r": 1}}, "r=1: the guidance 'apg' has no r; it has eta, norm_thres"),
+        ({"guidance": "apg", "guidance_options": {"x": 1}}, "x=1: the guidance 'apg' has no x; it has eta"),
+        ({"guidance_options": {"eta": 1}}, "eta=1: the guidance 'cfg' has no eta; it has no options"),
+        ({"guidance_options": ["eta"]}, "guidance_options=.* give a dictionary"),
+        *[
+            ({"guidance_interval": n}, rf"guidance_interval={re.escape(repr(n))}: give two sigmas .* 0 <= low < high")
+            for n in (1.5, (1,), (2, 1), (1, 1), (-1, 2), (0, NAN), ("0", "1"), (False, True), (torch.tensor(0), 1))
+        ],
         *[({"guidance_scale": s}, f"guidance_scale={s}: give a number") for s in (NAN, INF)],
         *[({"width": n}, rf"width={n!r}: .* whole number of pixels") for n in (0, -64, 64.0, "64")],
         *[({"height": n}, rf"height={n!r}: .* whole number of pixels") for n in (0, -64, 64.0, "64")],
@@ -123,6 +140,11 @@ def test_unknown_keyword():
         {"strength": 1},
         {"eta": 1.0, "sampler": "ddim"},
         {"guidance_scale": -2},
+        {"guidance": lambda *eps, scale: eps[0]},
+        {"guidance": lambda a, b, sigma, w=1: a},
+        {"guidance": lambda a, b, sigma, **options: a, "guidance_options": {"w": 3}},
+        {"guidance": partial(apg, eta=0.5), "guidance_options": {"momentum": -0.5}},
+        {"guidance_interval": [0, INF]},
         {"sampler": euler},
         {"sampler": "EulerDiscreteScheduler"},
         {"sampler": "DDIM", "eta": 0.5},
