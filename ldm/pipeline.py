@@ -3,7 +3,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -384,7 +384,13 @@ class Pipeline:
         fresh: Noise = noise
         if levels.is_of(s, BROWNIAN):
             fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
-        steps = without_grad(s.sampler_function(denoise, x, sigmas, fresh, **s.options))
+        steps = s.sampler_function(denoise, x, sigmas, fresh, **levels.options(s, self.schedule))
+        if not isinstance(steps, Generator):
+            raise ValueError(
+                f"the sampler {s.sampler_name!r} returned a {type(steps).__name__}: a sampler yields a Step for each"
+                " interval (`yield Step(i, sigma, sigma_next, x, x0, eps)`), see ldm.samplers.euler"
+            )
+        steps = without_grad(steps)
         if kept is not None and s.blend == "noise":
             steps = renoise_outside(steps, kept[0], first, kept[1])
         return Run(x, sigmas, steps, size, picture, mask, kept)

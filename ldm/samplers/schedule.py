@@ -42,7 +42,8 @@ def simple(steps: int) -> Tensor:
 def dpm_solver(steps: int) -> Tensor:
     """sgm_uniform's, rounded to whole timesteps, as diffusers' multistep solvers (DPM-Solver, UniPC, DEIS).
 
-    Only for 1000 steps two of them round to one timestep (`apart`).
+    Only for 1000 steps two of them round to one timestep (`apart`). (For "leading" these classes take a stride of
+    1000 // (steps + 1) timesteps; ours is the same for all samplers.)
     """
     return apart((torch.arange(steps, 0, -1, dtype=torch.float64) * (999 / steps)).round())  # np.linspace's arithmetic
 
