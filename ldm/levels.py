@@ -1,10 +1,13 @@
 """The levels of noise that a call goes through: where its sampler's reference begins and ends unless the call says."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ldm.img2img import StrengthPlan, strength_plan
-from ldm.samplers import VARIANCE_PRESERVING, Sampler, Schedule
+from ldm.samplers import REFERENCES, Reference, Sampler, Schedule
 from ldm.samplers.schedule import SIGMAS
 from ldm.settings import Settings
 
@@ -18,15 +21,29 @@ def sigmas(s: Settings, schedule: Schedule, steps: int | None = None) -> Tensor:
                 " steps; give the sigmas by name, or take another rule"
             )
         return s.sigmas.to("cpu", torch.float64)
-    end = schedule.sigma_min if is_of(s, VARIANCE_PRESERVING) and not schedule.set_alpha_to_one else 0.0
+    if own := carried(s, "sigmas"):
+        if s.sigmas is not None:
+            raise ValueError(
+                f"sigmas={s.sigmas!r}: the sampler {s.sampler_name!r} has its own spacing, leave sigmas out and set it"
+                " there (use_karras_sigmas, timestep_spacing)"
+            )
+        return own(steps or s.steps)
+    at_t_0 = {
+        "zero": False,
+        "t = 0": True,
+        "set_alpha_to_one": not schedule.set_alpha_to_one,
+        "final_sigmas_type": schedule.final_sigmas_type == "sigma_min",
+    }
+    end = schedule.sigma_min if at_t_0[reference(s).end] else 0.0
     return schedule.sigmas(steps or s.steps, spacing(s, schedule), end=end)
 
 
 def spacing(s: Settings, schedule: Schedule) -> str | None:
     """The name of the schedule's spacing, if it has one."""
-    if isinstance(s.sigmas, Tensor):
+    if isinstance(s.sigmas, Tensor) or carried(s, "sigmas"):
         return None
-    return s.sigmas or schedule.spacing or ("leading" if is_of(s, VARIANCE_PRESERVING) else "linspace")
+    theirs = reference(s)
+    return s.sigmas or (None if theirs.firm else schedule.spacing) or theirs.spacing
 
 
 def in_log(s: Settings, schedule: Schedule) -> bool:
@@ -36,8 +53,10 @@ def in_log(s: Settings, schedule: Schedule) -> bool:
 
 def first_std(s: Settings, schedule: Schedule, sigma: Tensor) -> Tensor:
     """The standard deviation () of the noise that a run begins with at the first sigma."""
-    of_unit_variance = is_of(s, VARIANCE_PRESERVING) or spacing(s, schedule) == "leading"  # in that process's scale
-    return (1 + sigma**2) ** 0.5 if of_unit_variance else sigma
+    if own := carried(s, "first_std"):
+        return own(sigma)
+    preserving = reference(s).preserving or spacing(s, schedule) in ("leading", "dpm_solver")
+    return (1 + sigma**2) ** 0.5 if preserving else sigma
 
 
 def plan(s: Settings, schedule: Schedule) -> StrengthPlan:
@@ -47,6 +66,26 @@ def plan(s: Settings, schedule: Schedule) -> StrengthPlan:
     return strength_plan(s.strength, steps, lambda n: sigmas(s, schedule, n), s.strength_rule, masked)
 
 
+def options(s: Settings, schedule: Schedule) -> dict[str, Any]:
+    """The further arguments of the sampler: those of the call, and the schedule for one that looks at it."""
+    looks = "schedule" in (s.accepted_options or ())
+    return ({"schedule": schedule} if looks else {}) | s.options
+
+
+def bare(s: Settings) -> Sampler:
+    """The sampler's function; a functools.partial of a sampler counts as it."""
+    return getattr(s.sampler_function, "func", s.sampler_function)
+
+
+def reference(s: Settings) -> Reference:
+    return REFERENCES.get(bare(s), Reference())
+
+
 def is_of(s: Settings, kind: set[Sampler]) -> bool:
-    """Whether the sampler is one of them; a functools.partial of a sampler counts as it."""
-    return getattr(s.sampler_function, "func", s.sampler_function) in kind
+    """Whether the sampler is one of them."""
+    return bare(s) in kind
+
+
+def carried(s: Settings, name: str) -> Callable[..., Tensor] | None:
+    """What a sampler that has levels of its own says about them: `sigmas(steps)`, `first_std(sigma)`."""
+    return getattr(bare(s), name, None)

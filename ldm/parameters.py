@@ -24,7 +24,7 @@ from torch import Tensor
 import ldm
 from ldm.guidance import GUIDANCES
 from ldm.image import open_picture, read_text
-from ldm.samplers import ALIASES
+from ldm.samplers import ALIASES, SPACED
 from ldm.settings import LISTS, Settings
 
 # Our keys under webui's names. Any other key is written with spaces and a capital.
@@ -218,8 +218,8 @@ def parse(text: str) -> dict[str, Any]:
         if side := re.fullmatch(r"(\d+)x(\d+)", str(values.get("size"))):
             values["width"], values["height"] = map(int, side.groups())
         name = str(values.get("sampler", ""))
-        if name not in ALIASES and name.endswith(" Karras"):  # as webui wrote it before it had schedule types
-            values |= {"sampler": name.removesuffix(" Karras"), "spacing": "Karras"}
+        if name in SPACED:  # as webui wrote it before it had schedule types
+            values["sampler"], values["spacing"] = SPACED[name]
         for theirs, (key, words) in WEBUI.items():
             if theirs in values:
                 value = values.pop(theirs)

@@ -3,7 +3,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -445,7 +445,12 @@ class Pipeline:
         grad = torch.is_grad_enabled()
         if grad and "memory" not in asked(s.guidance_function):  # what remembers its calls must not be called again
             denoise = checkpointed(denoise)
-        steps = s.sampler_function(denoise, x, sigmas, noise, **s.options)
+        steps = s.sampler_function(denoise, x, sigmas, noise, **levels.options(s, self.schedule))
+        if not isinstance(steps, Generator):
+            raise ValueError(
+                f"the sampler {s.sampler_name!r} returned a {type(steps).__name__}: a sampler yields a Step for each"
+                " interval (`yield Step(i, sigma, sigma_next, x, x0, eps)`), see ldm.samplers.euler"
+            )
         return torch.set_grad_enabled(grad)(named)(steps)
 
     def _denoiser(

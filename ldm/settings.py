@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.guidance import GIVEN, GUIDANCES, Guidance, accepted, asked, cfg, name_of
 from ldm.image import upright_size
 from ldm.img2img import CANVAS_FILLS, STRENGTH_RULES
-from ldm.samplers import ALIASES, SAMPLERS, SPACINGS, Sampler
+from ldm.samplers import ALIASES, SAMPLERS, SPACED, SPACINGS, Sampler
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -96,12 +96,13 @@ class Settings:
         leads away from the empty text, or from zeros in SDXL.
     steps: evaluations of the net, 1 to 1000. guidance_scale: 1 is no guidance, and half of the work; below 1 leans to
         the negative prompt (in diffusers everything up to 1 is no guidance).
-    sampler: a name of `ldm.SAMPLERS`, or a function `(denoise, x, sigmas, noise, **options)` that yields `Step`s.
+    sampler: a name of `ldm.SAMPLERS`, webui's or diffusers' name ("DPM++ 2M Karras" sets sigmas as well), or a function
+        `(denoise, x, sigmas, noise, **options)` that yields `Step`s; its option `schedule`, if any, is the model's.
     sigmas: a spacing ("leading", "trailing", "linspace", "karras", and the others of `ldm.samplers.SPACINGS`), or a
         decreasing tensor (n+1,) that ends at or above 0, used as it is instead of `steps`. None: the spacing of the
-        model, else that of the sampler's reference. Some references begin and end in their own way: ddim ends at the
-        sigma of t = 0, "leading" starts from noise of variance 1 + sigma^2. A tensor says where to begin and end by
-        itself, and euler starts it at sigma * noise.
+        model, else that of the sampler's reference, which also says from what noise a run begins and where it ends
+        (`ldm.samplers.REFERENCES`): ddim ends at the sigma of t = 0, "leading" starts from noise of variance
+        1 + sigma^2. A tensor says where to begin and end by itself, and euler starts it at sigma * noise.
     seed: of the first picture, picture i has seed + i; or a list of seeds, one each; with one prompt and batch_size 1
         as many pictures as seeds. batch_size: pictures per prompt.
     subseed, subseed_strength: the initial noise turns from the seed's (0) to the subseed's (1), as webui's variations
@@ -256,6 +257,20 @@ class Settings:
             raise ValueError(f"clip_skip={self.clip_skip!r}: give a whole number from 1 (the last layer, no cut)")
         if not is_whole(self.batch_size, 1):
             raise ValueError(f"batch_size={self.batch_size!r}: give a whole number of at least 1")
+        if isinstance(self.sampler, str) and self.sampler in SPACED:
+            name, spacing = SPACED[self.sampler]
+            object.__setattr__(self, "sampler", name)
+            object.__setattr__(self, "sigmas", spacing if self.sigmas is None else self.sigmas)
+        if hasattr(self.sampler, "set_timesteps"):
+            raise ValueError(
+                f"sampler is a scheduler of diffusers ({type(self.sampler).__name__}): give"
+                " from_diffusers(scheduler), of ldm.samplers.adapters"
+            )
+        if callable(self.sampler) and list(inspect.signature(self.sampler).parameters)[:2] == ["model", "x"]:
+            raise ValueError(
+                f"sampler {self.sampler_name!r} is a function (model, x, sigmas, ...) of k-diffusion: give"
+                " from_k_diffusion(function), of ldm.samplers.adapters"
+            )
         if not callable(self.sampler) and self.sampler_name not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}: use {', '.join(SAMPLERS)}, or pass a function")
         if isinstance(self.sigmas, str) and self.sigmas not in SPACINGS:

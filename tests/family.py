@@ -101,8 +101,9 @@ SD_NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_c
 
 
 def scheduler(cls, model):
-    fields = {k: v for k, v in model.scheduler.items() if k in cls.__init__.__annotations__}
-    return cls(**fields, **({"clip_sample": False} if cls is DDIMScheduler else {}))
+    """As from_config makes it of the official folders' files."""
+    fields = {**model.scheduler, "clip_sample": False, "skip_prk_steps": True}
+    return cls(**{k: v for k, v in fields.items() if k in cls.__init__.__annotations__})
 
 
 def sd(model, cls=StableDiffusionPipeline, sampler=DDIMScheduler):

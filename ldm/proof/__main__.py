@@ -122,6 +122,7 @@ ROWS = {
     ),
     "dpmpp_2m": Row(2),
     "dpmpp_2m_sde": Row(2),
+    "dpmpp_2m_sde_heun": Row(2),
     "dpmpp_3m_sde": Row(
         3,
         "it counts half of D2, as in both references; with all of it and two exact first steps it is 3 for eta 0, but"

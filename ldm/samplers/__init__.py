@@ -1,6 +1,8 @@
 """Samplers: generator functions that own their loop, `sampler(denoise, x, sigmas, noise, **options)`."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from ldm.samplers.brownian import Brownian
 from ldm.samplers.consistency import lcm, tcd
@@ -36,6 +38,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_sde": dpmpp_sde,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2m_sde_heun": partial(dpmpp_2m_sde, solver_type="heun"),
     "dpmpp_3m_sde": dpmpp_3m_sde,
     "dpm_adaptive": dpm_adaptive,
     "unipc": unipc,
@@ -45,43 +48,74 @@ SAMPLERS: dict[str, Sampler] = {
     "restart": restart,
 }
 
-# The spellings of webui and of diffusers.
-ALIASES = {
-    "DDIM": "ddim",
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "DPM adaptive": "dpm_adaptive",
+# The spellings of webui, of which those of its k-diffusion samplers may end in " Karras", and of diffusers.
+# (DPMSolverSinglestepScheduler, with one evaluation a step, is none of ours: `ldm.samplers.adapters.from_diffusers`.)
+WEBUI = {
     "DPM++ 2M": "dpmpp_2m",
     "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ 2M SDE Heun": "dpmpp_2m_sde_heun",
     "DPM++ 2S a": "dpmpp_2s_ancestral",
     "DPM++ 3M SDE": "dpmpp_3m_sde",
     "DPM++ SDE": "dpmpp_sde",
-    "DPMSolverSDEScheduler": "dpmpp_sde",
-    "Euler": "euler",
-    "EulerDiscreteScheduler": "euler",
-    "Euler a": "euler_ancestral",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "Heun": "heun",
-    "HeunDiscreteScheduler": "heun",
     "DPM2": "dpm_2",
-    "KDPM2DiscreteScheduler": "dpm_2",
     "DPM2 a": "dpm_2_ancestral",
-    "KDPM2AncestralDiscreteScheduler": "dpm_2_ancestral",
+    "Euler": "euler",
+    "Euler a": "euler_ancestral",
+    "Heun": "heun",
     "LMS": "lms",
-    "LMSDiscreteScheduler": "lms",
     "Restart": "restart",
-    "DEISMultistepScheduler": "deis",
+}
+ALIASES = WEBUI | {
+    "DDIM": "ddim",
+    "DPM adaptive": "dpm_adaptive",
     "LCM": "lcm",
-    "LCMScheduler": "lcm",
     "PLMS": "plms",
-    "TCDScheduler": "tcd",
     "UniPC": "unipc",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "dpm_2_ancestral",
+    "KDPM2DiscreteScheduler": "dpm_2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "plms",
+    "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
 
-# Defined on the variance-preserving process: their references space "leading", start from noise of unit variance in
-# that process's scale and end at the sigma of t = 0. The others space "linspace", start from sigma * noise, end at 0.
-VARIANCE_PRESERVING: set[Sampler] = {ddim, ddpm, plms}
+# Spellings that say how the sigmas are spaced as well: (sampler, spacing).
+SPACED = {f"{name} {spacing.capitalize()}": (name, spacing) for name in WEBUI for spacing in ("karras", "exponential")}
+SPACED |= {"DPMSolverMultistepScheduler": ("dpmpp_2m", "dpm_solver")}
+
+
+class Reference(NamedTuple):
+    """How the reference pipeline of a sampler begins and ends, where a call does not say.
+
+    spacing: unless the model's configuration asks for another, and even then if `firm`. preserving: it is defined on
+    the variance-preserving process and starts from noise of unit variance in that scale, else from sigma * noise. end:
+    "zero"; "t = 0" for the sigma of that timestep; or the field of the configuration that chooses one of the two.
+    """
+
+    spacing: str = "linspace"
+    firm: bool = False
+    preserving: bool = False
+    end: str = "final_sigmas_type"
+
+
+# Those of diffusers' schedulers; of the other samplers k-diffusion's, which is Reference().
+REFERENCES: dict[Sampler, Reference] = {
+    ddim: Reference("leading", preserving=True, end="set_alpha_to_one"),
+    ddpm: Reference("leading", preserving=True, end="zero"),
+    plms: Reference("leading", preserving=True, end="set_alpha_to_one"),
+    unipc: Reference("dpm_solver", preserving=True),
+    deis: Reference("dpm_solver", preserving=True, end="t = 0"),
+    lcm: Reference("lcm", firm=True, preserving=True, end="zero"),
+    tcd: Reference("lcm", firm=True, preserving=True, end="t = 0"),
+}
 
 # Their noise is taken along one Brownian path per picture, as in k-diffusion, whatever the steps are.
 BROWNIAN: set[Sampler] = {dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde}
@@ -90,13 +124,15 @@ __all__ = [
     "ALIASES",
     "BROWNIAN",
     "PREDICTION_TYPES",
+    "REFERENCES",
     "SAMPLERS",
+    "SPACED",
     "SPACINGS",
-    "VARIANCE_PRESERVING",
     "Brownian",
     "Denoiser",
     "Noise",
     "Prediction",
+    "Reference",
     "Sampler",
     "Schedule",
     "Step",

@@ -1,16 +1,19 @@
-"""Samplers of others, as they are: a k-diffusion style function as one of ours."""
+"""Samplers of others, as they are: a k-diffusion style function or a scheduler of diffusers as one of ours."""
 
+import copy
 import inspect
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from ldm.samplers.denoiser import Denoiser
-from ldm.samplers.step import Noise, Step, Steps
+from ldm.samplers.denoiser import Denoiser, Prediction
+from ldm.samplers.schedule import Schedule
+from ldm.samplers.step import Noise, Step, Steps, after, intervals
 
 
 class Stopped(BaseException):
@@ -81,3 +84,153 @@ def from_k_diffusion(function: Callable[..., Tensor], **options: Any) -> Callabl
             thread.join()
 
     return sampler
+
+
+def from_diffusers(scheduler: Any) -> Callable[..., Steps]:
+    """A scheduler object of diffusers as a sampler: `pipe(..., sampler=from_diffusers(scheduler))`.
+
+    It decides its own levels, so that it carries them: `sampler.sigmas(steps)` (steps + 1,) float64, and the standard
+    deviation `sampler.first_std(sigma)` of the noise that it begins with. A run may take the last of these sigmas, as
+    image to image does, and no others (ValueError). The net is asked at the scheduler's timesteps, under the `schedule`
+    of the model (default Stable Diffusion's), for what the scheduler's prediction_type says. Further arguments are
+    those of its `step` (eta, s_churn, ...); eta is 0 unless given, as in diffusers' pipelines.
+
+    Each run has a copy, `scheduler` itself is never changed. Noise that it draws is ours; DPMSolverSDEScheduler has a
+    Brownian tree instead, one per picture, of noise_sampler_seed or the pictures' seeds. An interval is one Step, even
+    of two evaluations (Heun, KDPM2): x0 and eps are the first one's, at its timestep, which some schedulers round.
+    Another x may be sent; what a scheduler remembers of earlier steps stays: UniPC's corrector, which goes on
+    from the x before, forgets most of it. PNDM, begun in the middle, evaluates its first two levels first as it does
+    from the beginning, where diffusers' image to image begins a level earlier and confuses them.
+
+    Raises ValueError for what is no scheduler, and for one that has no alphas_cumprod (flow matching, EDM, training).
+    """
+    check(scheduler)
+    known = [p for p in inspect.signature(scheduler.step).parameters.values() if p.name not in STEP]
+    defaults = {"eta": 0.0} if any(p.name == "eta" for p in known) else {}
+    spread = copied(scheduler, 2)
+    preserving = spread.init_noise_sigma == 1  # its x is x / sqrt(1 + sigma^2)
+    from_sigma = not preserving and spread.init_noise_sigma == spread.sigmas.max()
+
+    def own_sigmas(steps: int) -> Tensor:
+        return levels(copied(scheduler, steps))
+
+    def first_std(sigma: Tensor) -> Tensor:
+        return sigma if from_sigma else (1 + sigma**2) ** 0.5
+
+    def scale(sigma: Tensor) -> Tensor | float:
+        return (1 + sigma**2) ** 0.5 if preserving else 1.0
+
+    def sampler(
+        denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, schedule: Schedule | None = None, **options: Any
+    ) -> Steps:
+        schedule = schedule or Schedule()
+        own, calls = begun(scheduler, sigmas)
+        if getattr(own, "noise_sampler_seed", 0) is None:
+            own.noise_sampler_seed = getattr(noise, "seeds", None)
+        for i, (sigma, sigma_next) in intervals(sigmas):
+            sample, predictions, draws = x / scale(sigma), [], Draws(noise, sigma, sigma_next)
+            for t in calls[i]:
+                s = schedule.sigma(t.to(torch.float64))
+                predictions.append(denoise(own.scale_model_input(sample, t) * (1 + s**2) ** 0.5, s))
+                out = OUTPUTS[own.config.prediction_type](predictions[-1], s)
+                with draws:
+                    sample = own.step(out, t, sample, **defaults | options).prev_sample
+            x = sample * scale(sigma_next)
+            step = Step(i, sigma, sigma_next, x, *predictions[0], noise=draws.last)
+            x = after(step, (yield step)).x
+
+    sampler.__name__ = type(scheduler).__name__
+    first_five = list(inspect.signature(sampler).parameters.values())[:5]
+    signature = inspect.Signature([*first_five, *(p.replace(kind=p.KEYWORD_ONLY) for p in known)])
+    sampler.__dict__.update(sigmas=own_sigmas, first_std=first_std, __signature__=signature)
+    return sampler
+
+
+STEP = ("model_output", "timestep", "sample", "generator", "return_dict")  # what the adapter gives or does not
+
+
+class Draws(TorchFunctionMode):
+    """What is drawn inside without a generator of its own is the run's noise."""
+
+    def __init__(self, noise: Noise, sigma: Tensor, sigma_next: Tensor):
+        super().__init__()
+        self.draw = lambda: noise(sigma, sigma_next)
+        self.last: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn and kwargs.get("generator") is None:
+            self.last = self.draw()
+            return self.last.to(kwargs.get("dtype"))
+        return func(*args, **kwargs)
+
+
+def check(scheduler: Any) -> None:
+    """Raises ValueError for what from_diffusers cannot run."""
+    name = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
+    if isinstance(scheduler, type) or not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+        raise ValueError(
+            f"{name} is no scheduler that samples: give an object with set_timesteps and step, e.g."
+            " DPMSolverMultistepScheduler.from_config(config)"
+        )
+    kind = scheduler.config.get("prediction_type")
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas") or kind not in OUTPUTS:
+        raise ValueError(
+            f"{name} with prediction_type={kind!r} is for flow matching, EDM or another kind of model: give one"
+            f" that has alphas_cumprod and predicts {', '.join(OUTPUTS)}"
+        )
+    if hasattr(scheduler, "step_plms") and not scheduler.config.skip_prk_steps:
+        raise ValueError(f"{name} with skip_prk_steps=False: give skip_prk_steps=True, as Stable Diffusion has it")
+
+
+def copied(scheduler: Any, steps: int) -> Any:
+    """A copy that is set to `steps`."""
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    return own
+
+
+def levels(own: Any) -> Tensor:
+    """(n+1,) float64: where each of its steps begins, and the end. ValueError where they rise."""
+    if hasattr(own, "sigmas"):
+        sigmas = torch.cat([own.sigmas[: len(own.timesteps) : own.order], own.sigmas[-1:]]).to("cpu", torch.float64)
+    else:
+        last = float(getattr(own, "final_alpha_cumprod", 1.0))
+        a = own.alphas_cumprod[own.timesteps.cpu().unique_consecutive().long()].to("cpu", torch.float64)
+        a = torch.cat([a, a.new_tensor([last])]).clamp(min=2**-24)  # of a zero terminal SNR, as `Schedule` has it
+        sigmas = ((1 - a) / a) ** 0.5
+    if (sigmas.diff() > 0).any():
+        raise ValueError(f"{type(own).__name__} goes from less noise to more: give a scheduler that denoises")
+    return sigmas
+
+
+def begun(scheduler: Any, sigmas: Tensor) -> tuple[Any, list[Tensor]]:
+    """A copy set to the steps of which `sigmas` are the last, and the timesteps it is called with in each interval."""
+    sigmas = sigmas.to("cpu", torch.float64)
+    steps = len(sigmas) - 1
+    for total in range(steps, 1001):
+        try:
+            own = copied(scheduler, total)
+        except ValueError:  # more than it has
+            break
+        table = levels(own)
+        begin = len(table) - len(sigmas)
+        if begin >= 0 and torch.equal(table[begin:], sigmas):
+            if hasattr(own, "step_plms"):  # each level once, but the run's second level twice
+                plain = own.timesteps.unique_consecutive()[begin:]
+                return own, [plain[:2], *plain[1:].split(1)]
+            if hasattr(own, "set_begin_index"):
+                own.set_begin_index(begin * own.order)
+            return own, list(own.timesteps[begin * own.order :].split(own.order))
+    raise ValueError(
+        f"{steps + 1} sigmas from {float(sigmas[0]):.4f} to {float(sigmas[-1]):.4f} are not the last of those of"
+        f" {type(scheduler).__name__}, which has its own: leave sigmas out, or take them from sampler.sigmas(steps)"
+    )
+
+
+# What a net would have returned at sigma, by diffusers' prediction_type.
+OUTPUTS: Mapping[str, Callable[[Prediction, Tensor], Tensor]] = {
+    "epsilon": lambda p, sigma: p.eps,
+    "v_prediction": lambda p, sigma: (p.eps - sigma * p.x0) / (1 + sigma**2) ** 0.5,
+    "sample": lambda p, sigma: p.x0,
+}

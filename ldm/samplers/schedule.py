@@ -39,14 +39,36 @@ def simple(steps: int) -> Tensor:
     return 999 - torch.arange(steps, dtype=torch.float64) * 1000 // steps
 
 
+def dpm_solver(steps: int) -> Tensor:
+    """sgm_uniform's, rounded to whole timesteps, as diffusers' multistep solvers (DPM-Solver, UniPC, DEIS).
+
+    Only for 1000 steps two of them round to one timestep (`apart`). (For "leading" these classes take a stride of
+    1000 // (steps + 1) timesteps; ours is the same for all samplers.)
+    """
+    return apart((torch.arange(steps, 0, -1, dtype=torch.float64) * (999 / steps)).round())  # np.linspace's arithmetic
+
+
+def lcm(steps: int) -> Tensor:
+    """Evenly among the 50 timesteps 19, 39, ... 999 that latent consistency models are trained on (Luo et al. 2023), as
+    diffusers; above 50 steps simple."""
+    if steps > 50:
+        return simple(steps)
+    return 999 - 20 * (torch.arange(steps, dtype=torch.float64) * 50 // steps)
+
+
 def beta(steps: int) -> Tensor:
     """t = round(999 q), q the quantiles 1 - k / steps of Beta(0.6, 0.6), dense at both ends (Lee et al. 2024; ComfyUI).
 
-    From 139 steps on neighbours can round to one timestep: there the later goes on to the next that is free.
+    From 139 steps on neighbours can round to one timestep (`apart`).
     """
     k = torch.arange(steps, dtype=torch.float64)
-    t = (999 * beta_quantile(1 - k / steps)).round()
-    return (t + k).cummin(0).values.clamp(min=steps - 1) - k
+    return apart((999 * beta_quantile(1 - k / steps)).round())
+
+
+def apart(t: Tensor) -> Tensor:
+    """Whole timesteps (n,) that fall: of two that are the same the later goes on to the next that is free."""
+    k = torch.arange(len(t), dtype=torch.float64)
+    return (t + k).cummin(0).values.clamp(min=len(t) - 1) - k
 
 
 def beta_quantile(p: Tensor, a: float = 0.6) -> Tensor:
@@ -127,12 +149,14 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 TIMESTEPS: dict[str, Callable[..., Tensor]] = {
     **{"leading": leading, "trailing": trailing, "linspace": linspace},
     **{"sgm_uniform": sgm_uniform, "simple": simple, "beta": beta},
+    **{"dpm_solver": dpm_solver, "lcm": lcm},
 }
 SIGMAS: dict[str, Callable[..., Tensor]] = {
     **{"karras": karras, "exponential": exponential, "polyexponential": polyexponential, "kl_optimal": kl_optimal},
     **{"align_your_steps": align_your_steps, "align_your_steps_xl": align_your_steps_xl},
 }
 SPACINGS = (*TIMESTEPS, *SIGMAS)
+WHOLE = ("leading", "trailing", "simple", "beta", "dpm_solver", "lcm")  # timesteps
 
 # The fields of a scheduler_config.json: those without which it would mean another schedule, by diffusers' own defaults;
 # those of a few accepted values; those that are not the schedule's, or do nothing in DDIM and Euler. The betas and
@@ -147,7 +171,8 @@ CHOICES: dict[str, tuple] = {
     "interpolation_type": ("linear",),
     "sigma_min": (None,),
     "sigma_max": (None,),
-    "final_sigmas_type": ("zero",),
+    "use_exponential_sigmas": (True, False, None),
+    "final_sigmas_type": ("zero", "sigma_min"),
     "set_alpha_to_one": (True, False),
     "rescale_betas_zero_snr": (True, False),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
@@ -166,7 +191,8 @@ class Schedule:
     `spacing` is the one that the model's own configuration asks for, None if it leaves that to the sampler.
     `steps_offset` and `set_alpha_to_one` are diffusers' names for "leading" + 1 and for a last sigma of 0 in DDIM.
     `zero_snr`: the last timestep is pure noise, as models are trained whose scheduler_config.json has
-    rescale_betas_zero_snr. They want the spacing "trailing", which starts there.
+    rescale_betas_zero_snr. They want the spacing "trailing", which starts there. `final_sigmas_type` is diffusers' name
+    for the last sigma of the other samplers, "zero" or "sigma_min", that of t = 0.
     """
 
     def __init__(
@@ -177,6 +203,7 @@ class Schedule:
         steps_offset: int = 1,
         set_alpha_to_one: bool = False,
         zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
     ):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)
@@ -185,6 +212,7 @@ class Schedule:
         self.spacing = spacing
         self.steps_offset = steps_offset
         self.set_alpha_to_one = set_alpha_to_one
+        self.final_sigmas_type = final_sigmas_type
         self._sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
     @classmethod
@@ -207,13 +235,17 @@ class Schedule:
                 good, accepted = field in FREE or field.startswith("_") or not value, "null or false"
             if not good:
                 raise ValueError(f"{field} is {value!r}, but this version only does {accepted}")
+        named = [name for name in ("karras", "exponential") if config.get(f"use_{name}_sigmas")]
+        if len(named) > 1:
+            raise ValueError("use_karras_sigmas and use_exponential_sigmas both say how to space: set one of them")
         return cls(
             config["beta_start"],
             config["beta_end"],
-            "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing"),
+            named[0] if named else config.get("timestep_spacing"),
             config.get("steps_offset", 1),
             config.get("set_alpha_to_one", False),
             config.get("rescale_betas_zero_snr", False),
+            config.get("final_sigmas_type", "zero"),
         )
 
     @property
@@ -247,11 +279,11 @@ class Schedule:
         spacing: one of SPACINGS (default linspace), explained at the functions of these names. `log` interpolates
         log sigma instead of sigma, as k-diffusion's get_sigmas does; it matters for linspace and sgm_uniform alone.
         `rho` is that of karras (default 7) and polyexponential (1). Where the last step already starts at sigma_min,
-        the end is 0 whatever was asked for. Raises ValueError for less than 1 step, and for more than 1000 of leading,
-        trailing, simple and beta, whose timesteps are whole numbers.
+        the end is 0 whatever was asked for. Raises ValueError for less than 1 step, and for more than 1000 of those
+        whose timesteps are whole numbers.
         """
         spacing = spacing or self.spacing or "linspace"
-        most = 1000 if spacing in ("leading", "trailing", "simple", "beta") else math.inf
+        most = 1000 if spacing in WHOLE else math.inf
         if not isinstance(steps, Integral) or not 1 <= steps <= most:
             raise ValueError(f"steps={steps}: the schedule has 1000 timesteps, so {spacing} goes from 1 to 1000 steps")
         if spacing not in SPACINGS:

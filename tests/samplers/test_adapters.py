@@ -9,6 +9,7 @@ from samplers.reference import k_sampling, mixture
 
 from ldm.samplers import Prediction, Schedule, euler
 from ldm.samplers.adapters import from_k_diffusion
+from ldm.settings import Settings
 
 NAMES = sorted(name for name in dir(k_sampling) if name.startswith("sample_"))
 SIGMAS = Schedule().sigmas(8)
@@ -56,6 +57,12 @@ def test_k_diffusion(name):
     if "sigmas" in inspect.signature(function).parameters:
         assert len(steps) == 8 and torch.equal(torch.stack([step.sigma for step in steps]), SIGMAS[:-1])
         torch.testing.assert_close(steps[0].x0 + steps[0].sigma * steps[0].eps, start())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_the_adapter(name):
+    with pytest.raises(ValueError, match=rf"^sampler '{name}' is a function .* of k-diffusion: give from_k_diffusion"):
+        Settings(sampler=getattr(k_sampling, name))
 
 
 def test_options():

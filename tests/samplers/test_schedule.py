@@ -284,7 +284,7 @@ def test_from_config():
         ("clip_sample", True, "null or false"),
         ("thresholding", True, "null or false"),
         ("use_karras_sigmas", "no", "True or False or None"),
-        ("use_exponential_sigmas", True, "null or false"),
+        ("use_exponential_sigmas", "no", "True or False or None"),
         ("use_beta_sigmas", True, "null or false"),
         ("use_lu_lambdas", True, "null or false"),
         ("use_flow_sigmas", True, "null or false"),
@@ -292,7 +292,7 @@ def test_from_config():
         ("interpolation_type", "log_linear", "'linear'"),
         ("sigma_min", 0.0, "None"),
         ("sigma_max", 80.0, "None"),
-        ("final_sigmas_type", "sigma_min", "'zero'"),
+        ("final_sigmas_type", "sigma_max", "'zero' or 'sigma_min'"),
         ("variance_type", "learned_range", "'fixed_small' or 'fixed_small_log' or .* or None"),
         ("a_field_of_next_year", "on", "null or false"),
     ],
@@ -301,6 +301,38 @@ def test_from_config_refuses_other_schedules(field, value, accepted):
     message = f"^{field} is {re.escape(repr(value))}, but this version only does {accepted}$"
     with pytest.raises(ValueError, match=message):
         Schedule.from_config(SD1 | {field: value})
+
+
+def test_from_config_exponential():
+    """diffusers spans its range over the spaced timesteps, which are all of them for linspace."""
+    made = Schedule.from_config(SD1 | {"use_exponential_sigmas": True, "timestep_spacing": "linspace"})
+    for cls in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
+        theirs = cls(**SD1, use_exponential_sigmas=True)
+        theirs.set_timesteps(20)
+        assert difference(made.sigmas(20)[:-1], theirs.sigmas[:-1].double()) < 2e-5  # a float32 table's sigma_min
+    with pytest.raises(ValueError, match=r"^use_karras_sigmas and use_exponential_sigmas both"):
+        Schedule.from_config(SD1 | {"use_exponential_sigmas": True, "use_karras_sigmas": True})
+
+
+def test_from_config_final_sigma():
+    made = Schedule.from_config(SD1 | {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"})
+    assert made.final_sigmas_type == "sigma_min" and schedule.final_sigmas_type == "zero"
+    for cls in (
+        diffusers.EulerDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.UniPCMultistepScheduler,
+    ):
+        theirs = cls(**SD1, final_sigmas_type="sigma_min", timestep_spacing="trailing")
+        theirs.set_timesteps(20)
+        assert difference(made.sigmas(20, end=made.sigma_min), theirs.sigmas.double()) < 2e-5
+
+
+def test_difference_final_sigma_of_linspace():
+    """diffusers' Euler takes a last step from sigma_min to sigma_min, ours leads to 0."""
+    theirs = EulerDiscreteScheduler(**SD1, final_sigmas_type="sigma_min")
+    theirs.set_timesteps(20)
+    assert theirs.sigmas[-1] == theirs.sigmas[-2]
+    assert schedule.sigmas(20, "linspace", end=schedule.sigma_min)[-2:].tolist() == [schedule.sigma_min, 0]
 
 
 @pytest.mark.parametrize("missing", ["beta_schedule", "beta_start", "beta_end"])
