@@ -307,7 +307,7 @@ def test_nothing_to_draw(capsys):
 
 def test_nan_in_the_unet(capsys, monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda self, x, *_: x * torch.nan)
-    assert "ldm: error: the UNet returned NaN" in fails(capsys, "fire")
+    assert "ldm: error: step 0: the UNet returned NaN" in fails(capsys, "fire")
 
 
 def interrupt(*args, **kwargs):

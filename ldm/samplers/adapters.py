@@ -5,6 +5,7 @@ import inspect
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.samplers.denoiser import Denoiser, Prediction
 from ldm.samplers.schedule import Schedule
-from ldm.samplers.step import Noise, Step, Steps, after, intervals
+from ldm.samplers.step import Noise, Step, Steps, after
 
 
 class Stopped(BaseException):
@@ -127,7 +128,8 @@ def from_diffusers(scheduler: Any) -> Callable[..., Steps]:
         own, calls = begun(scheduler, sigmas)
         if getattr(own, "noise_sampler_seed", 0) is None:
             own.noise_sampler_seed = getattr(noise, "seeds", None)
-        for i, (sigma, sigma_next) in intervals(sigmas):
+        # Not by `intervals`: the sigmas are its own by now, and one Karras step of DEIS goes nowhere.
+        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             sample, predictions, draws = x / scale(sigma), [], Draws(noise, sigma, sigma_next)
             for t in calls[i]:
                 s = schedule.sigma(t.to(torch.float64))

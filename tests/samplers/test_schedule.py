@@ -231,16 +231,21 @@ def test_every_count_decreases(spacing, log, end):
         assert sigmas[0] <= schedule.sigma_max * (1 + 1e-12) and sigmas[-1] in (0, end)
 
 
+SOME = (*range(1, 33), 50, 97, 250, 333, 998, 999, 1000)
+
+
+@pytest.mark.parametrize("counts", [SOME, pytest.param(EVERY, marks=pytest.mark.full)], ids=["some", "every"])
 @pytest.mark.parametrize(("sampler", "end"), [(ddim, schedule.sigma_min), (euler, 0.0)])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_count_evaluates_exactly_that_often(spacing, sampler, end):
-    """The samplers are arithmetic on x and sigma: with Python's floats for both they run thirty times as fast."""
-    prediction = Prediction(x0=0.5, eps=1.0)
-    for steps in EVERY:
-        sigmas = schedule.sigmas(steps, spacing, end=end).tolist()
+def test_a_count_evaluates_exactly_that_often(spacing, sampler, end, counts):
+    """Every number of steps: pytest -m full tests/samplers/test_schedule.py, some ten minutes."""
+    number = torch.ones(())
+    prediction = Prediction(x0=number / 2, eps=number)
+    for steps in counts:
+        sigmas = schedule.sigmas(steps, spacing, end=end)
         asked = []
-        yielded = sum(1 for _ in sampler(lambda x, sigma: asked.append(sigma) or prediction, 1.0, sigmas, None))  # noqa: B023
-        assert asked == sigmas[:-1] and yielded == len(asked) == steps
+        yielded = sum(1 for _ in sampler(lambda x, sigma: asked.append(sigma) or prediction, number, sigmas, None))  # noqa: B023
+        assert torch.equal(torch.stack(asked), sigmas[:-1]) and yielded == len(asked) == steps
 
 
 # Configuration and errors

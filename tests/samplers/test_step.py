@@ -10,7 +10,8 @@ from samplers.reference import mixture
 from ldm.samplers import SAMPLERS, Prediction, Schedule, Step, after
 
 SIGMAS = Schedule().sigmas(6)
-REMEMBER_X0, REMEMBER_EPS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc"), ("lms", "plms", "deis")
+REMEMBER_X0 = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "unipc")
+REMEMBER_EPS = ("lms", "plms", "deis")
 ALL = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
 
