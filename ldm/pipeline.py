@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import canvas, checkpoint, hub, levels
+from ldm import canvas, checkpoint, conditioning, hub, levels
 from ldm.clip import TextEncoder, TextEncoding
 from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
 from ldm.edit import enlarged, in_tiles, only_masked, outpainted
-from ldm.guidance import Guide, asked, bound, cfg, guided, handed_over, only_between
+from ldm.guidance import asked, handed_over
 from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside
 from ldm.noise import SeededNoise
@@ -34,11 +34,10 @@ from ldm.samplers import (
     Step,
     Steps,
     checkpointed,
-    net_denoiser,
 )
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
-from ldm.unet import UNet, vector_embedding
+from ldm.unet import UNet
 from ldm.vae import VAE, strips
 
 if TYPE_CHECKING:
@@ -311,7 +310,8 @@ class Pipeline:
             z = pipe._start_latents(s, start, noise.shape, None if plan.replaces else noise)  # (B,4,h,w)
             seen = pipe._masked(s, picture, None, noise) if self._inpaints else None
             sigmas = plan.sigmas.flip(0)
-            denoise = pipe._denoiser(s, size, levels.in_log(s, self.schedule), guide_of(s, sigmas), seen)
+            guide, log = conditioning.guide_of(s, sigmas), levels.in_log(s, self.schedule)
+            denoise = conditioning.denoiser(pipe, s, size, log, guide, seen)
             x = z * (1 + sigmas[0] ** 2) ** 0.5  # from the VAE's scale to that of the last sigma
             steps = self._steps(s, denoise, x, sigmas, no_noise)
         for step in tqdm(steps, total=plan.evaluations, disable=not progress):
@@ -419,13 +419,12 @@ class Pipeline:
                 z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
             x = z + sigmas[0] * first
 
-        log = levels.in_log(s, self.schedule)
         seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        guide = guide_of(s, sigmas)
-        denoise = self._denoiser(s, size, log, guide, seen)
+        guide, log = conditioning.guide_of(s, sigmas), levels.in_log(s, self.schedule)
+        denoise = conditioning.denoiser(self, s, size, log, guide, seen)
         if s.refiner is not None:
-            self._check_refiner(s)
-            refine = s.refiner._tiled(s.tiling)._denoiser(s, size, log, guide)
+            conditioning.check_refiner(self, s)
+            refine = conditioning.denoiser(s.refiner._tiled(s.tiling), s, size, log, guide)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
@@ -453,62 +452,6 @@ class Pipeline:
             )
         return torch.set_grad_enabled(grad)(named)(steps)
 
-    def _denoiser(
-        self, s: Settings, size: tuple[int, int], log: bool, guide: Guide | None = None, seen: Tensor | None = None
-    ) -> Denoiser:
-        """The UNet under the texts of the call, guided, by CFG unless there is a `guide`. size: (width, height) in
-        pixels. seen (B,5,h,w): what an inpainting model is shown beside x."""
-        parts = self._texts(s)
-        context, pooled = (torch.cat(both) for both in zip(*parts, strict=True))  # (B,...) for each part
-        scores = [s.negative_aesthetic_score] * s.count * (len(parts) - 1) + [s.aesthetic_score] * s.count
-        vector = None if self.unet.config.vector_width is None else self._vector(s, pooled, size, scores)
-
-        def under(rows: slice) -> Denoiser:
-            own = None if vector is None else vector[rows]
-
-            def net(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-                if seen is not None:
-                    x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
-                return self.unet(x, t, context, own)
-
-            return net_denoiser(net, context[rows], self.schedule, self.prediction_type, log)
-
-        denoise = under(slice(None))
-        if not s.guides:
-            return denoise
-        v = self.prediction_type == "v_prediction"
-        denoise = guided(denoise, s.guidance_scale, s.guidance_rescale, v, guide, len(parts))
-        if s.guidance_interval is None:
-            return denoise
-        return only_between(denoise, under(slice(-s.count, None)), *s.guidance_interval)
-
-    def _texts(self, s: Settings) -> list[TextEncoding]:
-        """Of the prompts; before them, to guide, of the negative prompts; and before these, where the guidance asks for
-        it and it is not the same, of no negative prompt."""
-        texts = s.texts + (s.negative_texts if s.guides else [])
-        chunks = max(len(self.plan(text, s.emphasis).chunks) for text in texts)
-
-        def encoded(texts: list[str], none: bool) -> TextEncoding:
-            encoding = self.encode_text(texts, s.clip_skip, s.emphasis, chunks)
-            return TextEncoding(*map(torch.zeros_like, encoding)) if none and self.zero_negative else encoding
-
-        parts = [encoded(s.texts, none=False)]
-        if s.guides:
-            parts.insert(0, encoded(s.negative_texts, none=s.negative_prompt is None))
-        if "eps_empty" in asked(s.guidance_function):
-            empty = encoded([""] * s.count, none=True)
-            if not all(map(torch.equal, empty, parts[0])):
-                parts.insert(0, empty)
-        return parts
-
-    def _vector(self, s: Settings, pooled: Tensor, size: tuple[int, int], scores: list[float]) -> Tensor:
-        """SDXL's size conditioning (B,vector_width), of pooled (B,projection) and as many aesthetic scores."""
-        sizes = [*(s.original_size or size[::-1]), *s.crops_coords_top_left]
-        with_score = self.unet.config.vector_width == pooled.shape[1] + 5 * 256
-        target = [*(s.target_size or size[::-1])]
-        rows = [[*sizes, score] if with_score else sizes + target for score in scores]
-        return vector_embedding(pooled, torch.tensor(rows, dtype=torch.float32, device=pooled.device))
-
     def _masked(self, s: Settings, picture: Image.Image | None, mask: Image.Image | None, noise: SeededNoise) -> Tensor:
         """(B,5,h,w): what an inpainting model is shown, the mask and the latents of the picture without what it hides.
 
@@ -532,30 +475,6 @@ class Pipeline:
         if noise is not None:
             z = z + std.float() * noise()
         return self.vae.config.scaling_factor * z
-
-    def _check_refiner(self, s: Settings) -> None:
-        if not isinstance(s.refiner, Pipeline):
-            raise ValueError(
-                f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)"
-            )
-        theirs, ours = s.refiner.unet.config, self.unet.config
-        factors = s.refiner.vae.config.factor, self.vae.config.factor
-        if factors[0] != factors[1] or theirs.in_channels != ours.out_channels:
-            raise ValueError(
-                f"refiner {s.refiner.name!r} takes {theirs.in_channels} channels, {factors[0]} pixels to a latent;"
-                f" this model makes {ours.out_channels} channels, {factors[1]} pixels to a latent"
-            )
-        scales = s.refiner.vae.config.scaling_factor, self.vae.config.scaling_factor
-        if scales[0] != scales[1]:
-            raise ValueError(
-                f"refiner {s.refiner.name!r} has latents of another kind: its VAE scales them by {scales[0]}, this"
-                f" model's by {scales[1]}; give a refiner of the same family"
-            )
-        if s.mask is not None and ours.in_channels > ours.out_channels:
-            raise ValueError(
-                "refiner with mask=: after an inpainting model, the refiner would redraw what the mask protects;"
-                " leave the refiner out, or use a model without the extra channels"
-            )
 
     @property
     def _inpaints(self) -> bool:
@@ -604,13 +523,6 @@ class Pipeline:
                 )
             return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
         return self._encode(to_tensor(start), noise).expand(s.count, -1, -1, -1)
-
-
-def guide_of(s: Settings, sigmas: Tensor) -> Guide | None:
-    """The guidance function for one run; None is plain CFG."""
-    if s.guidance_function is cfg:
-        return None
-    return bound(s.guidance_function, s.guidance_options or {}, sigmas)
 
 
 def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
