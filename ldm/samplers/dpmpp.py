@@ -117,7 +117,7 @@ def dpmpp_3m_sde(
 
     The first step is of order 1, the second of order 2: that of `dpmpp_2m_sde` with solver_type "heun". D1 and D2 are
     h x0' and h^2 x0'' / 2, and phi_3 is the weight of h^2 x0'': as in both references D2 counts half of what it should,
-    and the order is 2. With 2 phi_3 it would be 3.
+    and the order is 2. With 2 phi_3 it would be 3 for eta 0, and 2 still where there is noise.
     """
     x0s: list[Tensor] = []  # the last two, the latest first, and so their steps
     hs: list[Tensor] = []
