@@ -46,9 +46,11 @@ def test_loop(tmp_path, monkeypatch):
     heart, x0 = inpainting["heart"].latents, inpainting["x0"]
     assert torch.equal(x0[..., :8], heart[..., :8]) and (x0[..., 8:] - heart[..., 8:]).abs().mean() > 0.1
     assert len(guidance["apart"]) == 20 and len(guidance["pictures"]) == 4
-    first, second, alone = editing["layout"].x, editing["step"].x, editing["pipe"](
-        "blue heart, twemoji style", steps=20, seed=1, progress=False
-    ).latents
+    first, second, alone = (
+        editing["layout"].x,
+        editing["step"].x,
+        editing["pipe"]("blue heart, twemoji style", steps=20, seed=1, progress=False).latents,
+    )
     assert (second - first).norm() < (alone - first).norm()
     again = np.asarray(backwards["pictures"][0], float) - np.asarray(inpainting["heart"].images[0], float)
     assert np.abs(again).mean() < 8
