@@ -81,26 +81,22 @@ def guide_of(s: Settings, sigmas: Tensor) -> Guide | None:
     return bound(s.guidance_function, s.guidance_options or {}, sigmas)
 
 
-def check_refiner(pipe: "Pipeline", s: Settings) -> None:
+def check_refiner(pipe: "Pipeline", refiner: "Pipeline", masked: bool) -> None:
     """Raises ValueError for a refiner that cannot go on from the latents of this model."""
-    from ldm.pipeline import Pipeline
-
-    if not isinstance(s.refiner, Pipeline):
-        raise ValueError(f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)")
-    theirs, ours = s.refiner.unet.config, pipe.unet.config
-    factors = s.refiner.vae.config.factor, pipe.vae.config.factor
+    theirs, ours = refiner.unet.config, pipe.unet.config
+    factors = refiner.vae.config.factor, pipe.vae.config.factor
     if factors[0] != factors[1] or theirs.in_channels != ours.out_channels:
         raise ValueError(
-            f"refiner {s.refiner.name!r} takes {theirs.in_channels} channels, {factors[0]} pixels to a latent;"
+            f"refiner {refiner.name!r} takes {theirs.in_channels} channels, {factors[0]} pixels to a latent;"
             f" this model makes {ours.out_channels} channels, {factors[1]} pixels to a latent"
         )
-    scales = s.refiner.vae.config.scaling_factor, pipe.vae.config.scaling_factor
+    scales = refiner.vae.config.scaling_factor, pipe.vae.config.scaling_factor
     if scales[0] != scales[1]:
         raise ValueError(
-            f"refiner {s.refiner.name!r} has latents of another kind: its VAE scales them by {scales[0]}, this"
+            f"refiner {refiner.name!r} has latents of another kind: its VAE scales them by {scales[0]}, this"
             f" model's by {scales[1]}; give a refiner of the same family"
         )
-    if s.mask is not None and ours.in_channels > ours.out_channels:
+    if masked and ours.in_channels > ours.out_channels:
         raise ValueError(
             "refiner with mask=: after an inpainting model, the refiner would redraw what the mask protects;"
             " leave the refiner out, or use a model without the extra channels"

@@ -69,6 +69,8 @@ def dynamic_thresholding(
     if limit is not None and not limit > 0:
         raise ValueError(f"limit={limit}: give a number above 0, or None for that of the prompt alone")
     eps = cfg(eps_cond, eps_uncond, sigma, scale=scale)
+    if sigma == 0:  # x is x0, which no guidance moves
+        return eps
     x0 = x - sigma * eps
     if limit is None:
         x0, x0_cond = centred(x0), centred(x - sigma * eps_cond)
@@ -123,6 +125,12 @@ def apg(
     picture gets, usually 2.5 to 15; 0 is any. momentum: the share of the updates before, usually -0.75 to -0.25. With
     eta 1 and neither of these it is CFG.
     """
+    if not norm_threshold >= 0 or not -1 < momentum < 1:
+        raise ValueError(
+            f"norm_threshold={norm_threshold}, momentum={momentum}: give 0 or more, and a number between -1 and 1"
+        )
+    if sigma == 0:  # nothing of x0 is moved there, by whatever eps
+        return cfg(eps_cond, eps_uncond, sigma, scale=scale)
     update = sigma * (eps_uncond - eps_cond) + momentum * memory.get("update", 0.0)  # x0_cond - x0_uncond, averaged
     memory["update"] = update
     if norm_threshold > 0:

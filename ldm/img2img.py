@@ -1,7 +1,7 @@
 """A picture as the start: the strength's plan, the part that a mask keeps, the canvas that is painted on."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,7 +126,7 @@ def keep_outside(denoise: Denoiser, latents: Tensor, mask: Tensor) -> Denoiser:
 def renoise_outside(steps: Steps, latents: Tensor, noise: Tensor, mask: Tensor) -> Steps:
     """After each step, what the mask keeps is latents + sigma_next * noise again, as in diffusers."""
     sent = None
-    with suppress(StopIteration):
+    with closing(steps), suppress(StopIteration):
         while True:
             step = steps.send(sent)
             known = latents + step.sigma_next.to(noise) * noise

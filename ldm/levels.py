@@ -78,14 +78,10 @@ def bare(s: Settings) -> Sampler:
 
 
 def reference(s: Settings) -> Reference:
-    return REFERENCES.get(bare(s), Reference())
-
-
-def is_of(s: Settings, kind: set[Sampler]) -> bool:
-    """Whether the sampler is one of them."""
-    return bare(s) in kind
+    return next((theirs for sampler, theirs in REFERENCES.items() if sampler is bare(s)), Reference())
 
 
 def carried(s: Settings, name: str) -> Callable[..., Tensor] | None:
     """What a sampler that has levels of its own says about them: `sigmas(steps)`, `first_std(sigma)`."""
-    return getattr(bare(s), name, None)
+    own = getattr(bare(s), name, None)
+    return own if callable(own) else None

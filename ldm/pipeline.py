@@ -25,7 +25,6 @@ from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_ou
 from ldm.noise import SeededNoise
 from ldm.output import Output
 from ldm.samplers import (
-    BROWNIAN,
     PREDICTION_TYPES,
     Brownian,
     Denoiser,
@@ -34,6 +33,7 @@ from ldm.samplers import (
     Step,
     Steps,
     checkpointed,
+    is_brownian,
 )
 from ldm.seamless import seamless
 from ldm.settings import Settings, check_mask, check_names
@@ -240,11 +240,15 @@ class Pipeline:
         pipe = self._tiled(settings.tiling)
         with torch.no_grad():
             run = pipe._begin(settings)
-        x = run.x
+        x, step = run.x, None
         for step in tqdm(run.steps, total=max(len(run.sigmas) - 1, 0), disable=not progress):
             x = step.x
             if callback is not None:
                 callback(step)
+        if step is None and len(run.sigmas) > 1:
+            raise ValueError(
+                f"the sampler {settings.sampler_name!r} ended without a step: it has {len(run.sigmas) - 1}"
+            )
         end = run.sigmas[-1] if len(run.sigmas) else 0.0
         latents = x / (1 + end**2) ** 0.5  # from the last sigma's scale to the VAE's
         if run.kept is not None:  # without the noise that DDIM's last sigma leaves
@@ -423,7 +427,11 @@ class Pipeline:
         guide, log = conditioning.guide_of(s, sigmas), levels.in_log(s, self.schedule)
         denoise = conditioning.denoiser(self, s, size, log, guide, seen)
         if s.refiner is not None:
-            conditioning.check_refiner(self, s)
+            if not isinstance(s.refiner, Pipeline):
+                raise ValueError(
+                    f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)"
+                )
+            conditioning.check_refiner(self, s.refiner, s.mask is not None)
             refine = conditioning.denoiser(s.refiner._tiled(s.tiling), s, size, log, guide)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
@@ -432,7 +440,7 @@ class Pipeline:
             if s.blend == "x0":
                 denoise = keep_outside(denoise, *kept)
         fresh: Noise = noise
-        if levels.is_of(s, BROWNIAN):
+        if is_brownian(s.sampler_function):
             fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
         steps = self._steps(s, denoise, x, sigmas, fresh)
         if kept is not None and s.blend == "noise":
@@ -450,7 +458,7 @@ class Pipeline:
                 f"the sampler {s.sampler_name!r} returned a {type(steps).__name__}: a sampler yields a Step for each"
                 " interval (`yield Step(i, sigma, sigma_next, x, x0, eps)`), see ldm.samplers.euler"
             )
-        return torch.set_grad_enabled(grad)(named)(steps)
+        return torch.set_grad_enabled(grad)(named)(steps, x.shape)
 
     def _masked(self, s: Settings, picture: Image.Image | None, mask: Image.Image | None, noise: SeededNoise) -> Tensor:
         """(B,5,h,w): what an inpainting model is shown, the mask and the latents of the picture without what it hides.
@@ -539,12 +547,17 @@ def one_run(s: Settings, why: str) -> None:
         raise ValueError(f"{several[0]}={getattr(s, several[0])}: {why}; call the pipeline for this")
 
 
-def named(steps: Steps) -> Steps:
-    """The same steps; NaN or infinity is an error that names the step, before anybody sees it."""
+def named(steps: Steps, shape: torch.Size) -> Steps:
+    """The same steps; what is no Step of that shape, NaN or infinity is an error, before anybody sees it."""
     i, sent = 0, None
     try:
         while True:
             step = steps.send(sent)
+            if not isinstance(step, Step) or step.x.shape != shape:
+                got = f"x {tuple(step.x.shape)}" if isinstance(step, Step) else f"a {type(step).__name__}"
+                raise ValueError(
+                    f"the sampler yielded {got}: yield a Step, with x in the shape {tuple(shape)} it is given"
+                )
             if not torch.isfinite(step.x).all():
                 raise FloatingPointError(f"x has NaN or infinity in it after sigma={float(step.sigma):.4f}")
             i, sent = step.i + 1, (yield step)

@@ -3,7 +3,8 @@
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import NoneType
@@ -18,6 +19,7 @@ from ldm.guidance import GIVEN, GUIDANCES, Guidance, accepted, asked, cfg, name_
 from ldm.image import upright_size
 from ldm.img2img import CANVAS_FILLS, STRENGTH_RULES
 from ldm.samplers import ALIASES, SAMPLERS, SPACED, SPACINGS, Sampler
+from ldm.samplers.step import checked
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -78,6 +80,17 @@ def check_options(given: Mapping[str, Any], known: list[str] | None, whose: str)
         if known is not None and name not in known:
             has = f"it has {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"{name}={value}: {whose} has no {name}; {has}")
+
+
+def check_values(given: Mapping[str, Any], function: Callable, whose: str) -> None:
+    """Raises ValueError for the value of an option that is of another kind than its default: numbers, whole or not."""
+    parameters = inspect.signature(function).parameters
+    for name, value in given.items():
+        default = parameters[name].default if name in parameters else None
+        if isinstance(default, float) and not (isinstance(value, Real) and not math.isnan(value)):
+            raise ValueError(f"{name}={value!r}: {whose} takes a number, {default} unless given")
+        if type(default) is int and not is_whole(value, -sys.maxsize):
+            raise ValueError(f"{name}={value!r}: {whose} takes a whole number, {default} unless given")
 
 
 def check_mask(mask: tuple[int, int], picture: tuple[int, int]) -> None:
@@ -266,7 +279,11 @@ class Settings:
                 f"sampler is a scheduler of diffusers ({type(self.sampler).__name__}): give"
                 " from_diffusers(scheduler), of ldm.samplers.adapters"
             )
-        if callable(self.sampler) and list(inspect.signature(self.sampler).parameters)[:2] == ["model", "x"]:
+        try:
+            names = list(inspect.signature(self.sampler).parameters) if callable(self.sampler) else []
+        except ValueError as error:  # of some builtins
+            raise ValueError(f"sampler {self.sampler_name!r}: {error}; give a generator function") from error
+        if names[:2] == ["model", "x"]:
             raise ValueError(
                 f"sampler {self.sampler_name!r} is a function (model, x, sigmas, ...) of k-diffusion: give"
                 " from_k_diffusion(function), of ldm.samplers.adapters"
@@ -279,10 +296,11 @@ class Settings:
             raise ValueError(f"sigmas is a {type(self.sigmas).__name__}: give a spacing by name, or a tensor (n+1,)")
         if isinstance(self.sigmas, Tensor):
             s = self.sigmas
-            if s.ndim != 1 or len(s) < 2 or not (s[1:] < s[:-1]).all() or s[-1] < 0 or not torch.isfinite(s).all():
+            if s.is_complex() or s.dtype == torch.bool or s.shape == (1,):
                 raise ValueError(
-                    f"sigmas of shape {tuple(s.shape)}: give one row of at least 2 values that decrease to >= 0"
+                    f"sigmas {tuple(s.shape)} of {s.dtype}: give numbers (steps + 1,) that fall, 2 or more"
                 )
+            checked(s, falling=True)
         for name in ("image", "mask"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Image.Image):
@@ -333,8 +351,28 @@ class Settings:
                 raise ValueError(f"{kind}_options={given!r}: give a dictionary of the {kind}'s arguments")
         if self.eta is not None and "eta" in (self.sampler_options or {}):
             raise ValueError("eta and sampler_options['eta'] say the same: give one of them")
-        check_options(self.options, self.accepted_options, f"the sampler {self.sampler_name!r}")
+        self._check_sampler()
         self._check_guidance()
+
+    def _check_sampler(self) -> None:
+        """Raises ValueError for a sampler that cannot be called, and options that it lacks or cannot have."""
+        whose = f"the sampler {self.sampler_name!r}"
+        check_options(self.options, self.accepted_options, whose)
+        check_values(self.options, self.sampler_function, whose)
+        try:
+            inspect.signature(self.sampler_function).bind(None, None, None, None, **self.options)
+        except TypeError as error:
+            raise ValueError(
+                f"{whose} with the options {self.options}: {error}; it is called with denoise, x, sigmas, noise, and the"
+                " options by their names"
+            ) from error
+        if not 0 <= self.options.get("eta", 0) <= 1:
+            raise ValueError(f"eta={self.options['eta']}: give a number from 0 (DDIM) to 1 (DDPM)")
+        cfg_pp = [self.sampler_name == "euler_cfg_pp", self.guidance_name == "cfg_pp"]
+        if all(cfg_pp):
+            raise ValueError("guidance 'cfg_pp' with the sampler 'euler_cfg_pp': they do the same, give one of them")
+        if any(cfg_pp) and not 0 <= self.guidance_scale <= 1:
+            raise ValueError(f"guidance_scale={self.guidance_scale}: that of CFG++ goes from 0 to 1, 0.6 is usual")
 
     def _check_guidance(self) -> None:
         """Raises ValueError for a guidance that cannot be called, options that it lacks, and no interval."""
@@ -345,6 +383,7 @@ class Settings:
             )
         function, options = self.guidance_function, dict(self.guidance_options or {})
         check_options(options, accepted(function), f"the guidance {self.guidance_name!r}")
+        check_values(options, function, f"the guidance {self.guidance_name!r}")
         try:
             inspect.signature(function).bind(None, None, None, **dict.fromkeys(asked(function)), **options)
         except TypeError as error:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.samplers import BROWNIAN, Brownian, Denoiser, Noise, Prediction, Sampler, Schedule
+from ldm.samplers import Brownian, Denoiser, Noise, Prediction, Sampler, Schedule, is_brownian
 from ldm.samplers.schedule import exponential
 
 schedule = Schedule()
@@ -164,7 +164,7 @@ def order(
     brownian: its noise is taken along one Brownian path; by default for those of ldm's that are so run.
     """
     weak = bool(draws(sampler, sigmas(counts[-1])))
-    brownian = getattr(sampler, "func", sampler) in BROWNIAN if brownian is None else brownian
+    brownian = is_brownian(sampler) if brownian is None else brownian
     used, errors = [], []
     for count in counts:
         s = sigmas(count)
@@ -260,7 +260,7 @@ def distribution(
     It starts from data with noise of sigmas[0] that is exact, so that the errors are the sampler's. `denoiser` makes
     the denoiser from the sigmas, `brownian` is that of `order`.
     """
-    brownian = getattr(sampler, "func", sampler) in BROWNIAN if brownian is None else brownian
+    brownian = is_brownian(sampler) if brownian is None else brownian
     for steps in range(evaluations, 0, -1):
         s = sigmas(steps)
         for count in (200, points):  # a few first, to see how many evaluations it needs

@@ -87,7 +87,7 @@ ALIASES = WEBUI | {
     "UniPCMultistepScheduler": "unipc",
 }
 
-# Spellings that say how the sigmas are spaced as well: (sampler, spacing).
+# Spellings that say how the sigmas are spaced as well, whatever a model's configuration asks for: (sampler, spacing).
 SPACED = {f"{name} {spacing.capitalize()}": (name, spacing) for name in WEBUI for spacing in ("karras", "exponential")}
 SPACED |= {"DPMSolverMultistepScheduler": ("dpmpp_2m", "dpm_solver")}
 
@@ -119,6 +119,13 @@ REFERENCES: dict[Sampler, Reference] = {
 
 # Their noise is taken along one Brownian path per picture, as in k-diffusion, whatever the steps are.
 BROWNIAN: set[Sampler] = {dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde}
+
+
+def is_brownian(sampler: Sampler) -> bool:
+    """Whether it is one of them, or another that says so by an attribute, `my_sampler.brownian = True`."""
+    function = getattr(sampler, "func", sampler)  # of a functools.partial
+    return any(function is other for other in BROWNIAN) or getattr(function, "brownian", False)
+
 
 __all__ = [
     "ALIASES",
@@ -155,6 +162,7 @@ __all__ = [
     "euler_cfg_pp",
     "heun",
     "intervals",
+    "is_brownian",
     "lcm",
     "lms",
     "net_denoiser",

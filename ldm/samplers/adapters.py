@@ -4,6 +4,7 @@ import copy
 import inspect
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.samplers.denoiser import Denoiser, Prediction
 from ldm.samplers.schedule import Schedule
-from ldm.samplers.step import Noise, Step, Steps, after
+from ldm.samplers.step import Noise, Step, Steps, after, check_finite, checked
 
 
 class Stopped(BaseException):
@@ -24,41 +25,55 @@ class Stopped(BaseException):
 def from_k_diffusion(function: Callable[..., Tensor], **options: Any) -> Callable[..., Steps]:
     """`function(model, x, sigmas, extra_args, callback, disable, ...)` as a sampler: `pipe(..., sampler=...)`.
 
-    It owns its loop and cannot be left in the middle, so that it runs in a thread of its own, which waits while
-    somebody looks at a step. A step is known when the function shows the next one, an evaluation later, so that it can
-    be watched and stopped but not changed: sending anything raises ValueError. Functions of sigma_min and sigma_max
-    (dpm_fast, dpm_adaptive) are given those of the sigmas above 0. Noise that the function draws by itself (s_churn's)
-    comes from torch's global generator; a noise_sampler is given ours.
+    Of these and of `options` it is given what its signature names. It owns its loop and cannot be left in the middle,
+    so that it runs in a thread of its own, which waits while somebody looks at a step. A step is known when the
+    function shows the next one, an evaluation later, so that it can be watched and stopped but not changed: sending
+    anything raises ValueError. One that shows nothing by its callback is one step. Functions of sigma_min and
+    sigma_max (dpm_fast, dpm_adaptive) are given those of the sigmas above 0. A noise_sampler is given our noise, along
+    a Brownian path where the function names a Brownian tree of its own; noise that it draws by itself (s_churn's) comes
+    from torch's global generator. For gradients its decorators (torch.no_grad) are taken off.
+
+    Raises ValueError for options that the function lacks, and for sigmas that do not fall.
     """
+    if not callable(function):
+        raise ValueError(f"{function!r} is no function: give one of k_diffusion.sampling, or of your own")
+    name = getattr(function, "__name__", repr(function))
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if lacking := [option for option in options if option not in parameters and not takes_any]:
+        given = f"{lacking[0]}={options[lacking[0]]!r}"
+        raise ValueError(f"{given}: {name} has no such option; it has {', '.join(parameters)}")
+
+    def arguments(sigmas: Tensor, noise: Noise, callback: Callable[[dict], None]) -> dict[str, Any]:
+        positive = sigmas[sigmas > 0]
+        known = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise, "sigmas": sigmas}
+        if "sigma_min" in parameters:
+            known |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(sigmas) - 1}
+        return {name: value for name, value in known.items() if name in parameters} | options
 
     def sampler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
+        if len(checked(sigmas, falling=True)) == 1:
+            return
         shown: queue.Queue[Any] = queue.Queue()
         answers: queue.Queue[Any] = queue.Queue()
         grad = torch.is_grad_enabled()
+        last: list[tuple[Tensor, Prediction]] = []  # the latest evaluation
 
         def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            return denoise(x, sigma.flatten()[0]).x0
+            prediction = denoise(x, sigma.flatten()[0])
+            last[:] = [(sigma.flatten()[0], prediction)]
+            return prediction.x0
 
         def callback(said: dict[str, Any]) -> None:
             shown.put(said)
             if answers.get() is Stopped:
                 raise Stopped
 
-        parameters = inspect.signature(function).parameters
-        arguments: dict[str, Any] = {"callback": callback, "disable": True} | options
-        if "noise_sampler" in parameters:
-            arguments.setdefault("noise_sampler", noise)
-        if "sigma_min" in parameters:
-            positive = sigmas[sigmas > 0]
-            arguments |= {"sigma_min": positive[-1], "sigma_max": positive[0]}
-            arguments |= {"n": len(sigmas) - 1} if "n" in parameters else {}
-        else:
-            arguments["sigmas"] = sigmas.to(x)
-
         def run() -> None:
             try:
                 with torch.set_grad_enabled(grad):
-                    shown.put(function(model, x.clone(), **arguments))
+                    plain = inspect.unwrap(function) if grad else function
+                    shown.put(plain(model, x.clone(), **arguments(sigmas.to(x), noise, callback)))
             except BaseException as error:
                 shown.put(error)
 
@@ -66,17 +81,23 @@ def from_k_diffusion(function: Callable[..., Tensor], **options: Any) -> Callabl
         thread.start()
         try:
             said = shown.get()
+            if isinstance(said, Tensor):
+                sigma, prediction = last[0] if last else (sigmas[0], Prediction(said, torch.zeros_like(said)))
+                yield Step(0, sigma, sigmas[-1], said, *prediction)
             while isinstance(said, dict):
                 i, sigma, x, x0 = said["i"], said["sigma"], said["x"].clone(), said["denoised"].clone()
+                eps = (x - x0) / said.get("sigma_hat", sigma)  # with churn, x is at sigma_hat
                 answers.put(None)
                 said = shown.get()
                 if isinstance(said, BaseException):
                     raise said
                 x_next, sigma_next = (said["x"], said["sigma"]) if isinstance(said, dict) else (said, sigmas[-1])
-                sent = yield Step(i, sigma, sigma_next, x_next.clone(), x0, (x - x0) / sigma)
-                if sent is not None:
+                step = Step(i, sigma, sigma_next, x_next.clone(), x0, eps)
+                check_finite(i, sigma, step.x, x0)
+                if (yield step) is not None:
                     raise ValueError(
-                        f"step {i} was sent something: {function.__name__} goes on by itself, send nothing"
+                        f"step {i} was sent something (blend='noise' does so, too): {name} goes on by itself, send"
+                        " nothing"
                     )
             if isinstance(said, BaseException):
                 raise said
@@ -84,6 +105,9 @@ def from_k_diffusion(function: Callable[..., Tensor], **options: Any) -> Callabl
             answers.put(Stopped)
             thread.join()
 
+    sampler.__name__ = name
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    sampler.__dict__["brownian"] = code is not None and any("Brownian" in name for name in code.co_names)
     return sampler
 
 
@@ -106,14 +130,19 @@ def from_diffusers(scheduler: Any) -> Callable[..., Steps]:
     Raises ValueError for what is no scheduler, and for one that has no alphas_cumprod (flow matching, EDM, training).
     """
     check(scheduler)
+    name = type(scheduler).__name__
     known = [p for p in inspect.signature(scheduler.step).parameters.values() if p.name not in STEP]
     defaults = {"eta": 0.0} if any(p.name == "eta" for p in known) else {}
     spread = copied(scheduler, 2)
     preserving = spread.init_noise_sigma == 1  # its x is x / sqrt(1 + sigma^2)
     from_sigma = not preserving and spread.init_noise_sigma == spread.sigmas.max()
 
+    tables: dict[int, Tensor] = {}  # the levels that have been asked for, by their number of steps
+
     def own_sigmas(steps: int) -> Tensor:
-        return levels(copied(scheduler, steps))
+        if steps not in tables:
+            tables[steps] = levels(copied(scheduler, steps))
+        return tables[steps].clone()
 
     def first_std(sigma: Tensor) -> Tensor:
         return sigma if from_sigma else (1 + sigma**2) ** 0.5
@@ -125,7 +154,14 @@ def from_diffusers(scheduler: Any) -> Callable[..., Steps]:
         denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, schedule: Schedule | None = None, **options: Any
     ) -> Steps:
         schedule = schedule or Schedule()
-        own, calls = begun(scheduler, sigmas)
+        theirs = scheduler.alphas_cumprod.to("cpu", torch.float64)
+        if theirs.shape != (1000,) or not torch.allclose(theirs, schedule.alphas_cumprod, rtol=1e-2, atol=1e-6):
+            warnings.warn(
+                f"{name} has other betas than the model ({len(theirs)} timesteps, alphas_cumprod to {theirs[-1]:.2g}):"
+                " make it from the model's own configuration, from_config(...)",
+                stacklevel=2,
+            )
+        own, calls = begun(scheduler, sigmas, tables)
         if getattr(own, "noise_sampler_seed", 0) is None:
             own.noise_sampler_seed = getattr(noise, "seeds", None)
         # Not by `intervals`: the sigmas are its own by now, and one Karras step of DEIS goes nowhere.
@@ -141,7 +177,7 @@ def from_diffusers(scheduler: Any) -> Callable[..., Steps]:
             step = Step(i, sigma, sigma_next, x, *predictions[0], noise=draws.last)
             x = after(step, (yield step)).x
 
-    sampler.__name__ = type(scheduler).__name__
+    sampler.__name__ = name
     first_five = list(inspect.signature(sampler).parameters.values())[:5]
     signature = inspect.Signature([*first_five, *(p.replace(kind=p.KEYWORD_ONLY) for p in known)])
     sampler.__dict__.update(sigmas=own_sigmas, first_std=first_std, __signature__=signature)
@@ -198,6 +234,11 @@ def levels(own: Any) -> Tensor:
         sigmas = torch.cat([own.sigmas[: len(own.timesteps) : own.order], own.sigmas[-1:]]).to("cpu", torch.float64)
     else:
         last = float(getattr(own, "final_alpha_cumprod", 1.0))
+        if (late := int(own.timesteps.max())) >= len(own.alphas_cumprod):
+            raise ValueError(
+                f"{type(own).__name__} in {len(own.timesteps)} steps asks for timestep {late}, and has"
+                f" {len(own.alphas_cumprod)} from 0: take fewer steps, or steps_offset=0"
+            )
         a = own.alphas_cumprod[own.timesteps.cpu().unique_consecutive().long()].to("cpu", torch.float64)
         a = torch.cat([a, a.new_tensor([last])]).clamp(min=2**-24)  # of a zero terminal SNR, as `Schedule` has it
         sigmas = ((1 - a) / a) ** 0.5
@@ -206,16 +247,24 @@ def levels(own: Any) -> Tensor:
     return sigmas
 
 
-def begun(scheduler: Any, sigmas: Tensor) -> tuple[Any, list[Tensor]]:
-    """A copy set to the steps of which `sigmas` are the last, and the timesteps it is called with in each interval."""
+def begun(scheduler: Any, sigmas: Tensor, tables: Mapping[int, Tensor]) -> tuple[Any, list[Tensor]]:
+    """A copy set to the steps of which `sigmas` are the last, and the timesteps it is called with in each interval.
+
+    Of the `tables` of levels first, by their number of steps; then of any other number."""
     sigmas = sigmas.to("cpu", torch.float64)
     steps = len(sigmas) - 1
-    for total in range(steps, 1001):
+    if (sigmas.diff() > 0).any():
+        raise ValueError(
+            f"{type(scheduler).__name__} with sigmas that rise: it goes from noise to picture alone; backwards go the"
+            " deterministic ones of ldm.SAMPLERS"
+        )
+    fitting = [total for total, table in tables.items() if torch.equal(table[-len(sigmas) :], sigmas)]
+    for total in [*fitting, *range(steps, 1001)]:
         try:
             own = copied(scheduler, total)
+            table = levels(own)
         except ValueError:  # more than it has
             break
-        table = levels(own)
         begin = len(table) - len(sigmas)
         if begin >= 0 and torch.equal(table[begin:], sigmas):
             if hasattr(own, "step_plms"):  # each level once, but the run's second level twice

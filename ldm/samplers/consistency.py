@@ -40,7 +40,7 @@ def tcd(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: give a number from 0 (deterministic) to 1 (all noise is fresh)")
     schedule = schedule or Schedule()
-    for i, (sigma, sigma_next) in intervals(sigmas, falling=True):
+    for i, (sigma, sigma_next) in intervals(sigmas, falling=gamma > 0):
         prediction = denoise(x, sigma)
         s = ((1 - gamma) * schedule.t(sigma_next) + 1e-3).floor()  # the sigma of a whole t may read a little less
         sigma_s = min(sigma_next, schedule.sigma(s).to(sigma_next)) if gamma > 0 else sigma_next

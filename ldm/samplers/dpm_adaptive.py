@@ -30,31 +30,44 @@ def dpm_adaptive(
     s_noise: float = 1.0,
 ) -> Steps:
     """From the first of the sigmas to the last, in steps of its own: those between are left aside, but for the one
-    before a last of 0, since log 0 is not to be reached. From there it is one step to x0.
+    before a last of 0, or after a first, since log 0 is not to be reached. From there, or to there, it is one step.
 
     A try of order 3 (2) costs 2 (1) evaluations over the one at sigma. It is taken if the solutions of the two orders
     differ by little: the root mean square, over the whole batch, of the difference over max(atol, rtol |x|). Only steps
     that are taken are yielded. The steps thus depend on the batch: for a picture that does not, make it alone.
 
-    Raises ValueError for another order, for eta above 0 where sigma rises, and for a first sigma of 0;
-    FloatingPointError where the denoiser returns NaN or infinity, from which no step is short enough.
+    Raises ValueError for another order, options out of their range, and eta above 0 where sigma rises;
+    FloatingPointError where no step is short enough: the denoiser returns NaN or infinity, or the tolerances are finer
+    than x's own digits.
     """
     if order not in (2, 3):
         raise ValueError(f"order={order}: use 2 or 3")
+    if not min(rtol, atol, h_init) > 0 or not 0 < accept_safety <= 1:
+        raise ValueError(
+            f"rtol={rtol}, atol={atol}, h_init={h_init}, accept_safety={accept_safety}: give numbers above 0, the last"
+            " up to 1"
+        )
     if len(checked(sigmas, falling=eta > 0)) == 1:
         return
+    i = 0
     if sigmas[0] == 0:
-        raise ValueError("sigmas[0] is 0, whose logarithm is not finite: begin above 0, or take another sampler")
+        prediction = denoise(x, sigmas[0])
+        step = Step(i, sigmas[0], sigmas[1], prediction.x0 + sigmas[1] * prediction.eps, *prediction)
+        x, sigmas, i = after(step, (yield step)).x, sigmas[1:], 1
     sigma, sigma_end = sigmas[0], sigmas[-1] if sigmas[-1] > 0 else sigmas[-2]
     pid = PID(h_init, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)
     x_prev = x
-    i = 0
     while sigma != sigma_end:
         prediction = denoise(x, sigma)
         accepted = False
         while not accepted:
             left = (sigma / sigma_end).log()
             sigma_next = sigma_end if pid.h >= left.abs() else sigma * (-left.sign() * pid.h).exp()
+            if sigma_next == sigma:
+                raise FloatingPointError(
+                    f"step {i}, at sigma={float(sigma):.4f}: no step is short enough for rtol={rtol} and atol={atol} in"
+                    f" {x.dtype}; give larger ones"
+                )
             sigma_down = sigma_next
             if eta:
                 sigma_down = torch.maximum(sigma_end, ancestral(sigma, sigma_next, eta)[0])
@@ -62,7 +75,7 @@ def dpm_adaptive(
             delta = (rtol * torch.maximum(x_low.abs(), x_prev.abs())).clamp(min=atol)
             error = ((x_low - x_high) / delta).square().mean().sqrt()
             check_finite(i, sigma, error)
-            accepted = pid.accepts(float(error))
+            accepted = pid.accepts(error.item())
         x_prev = x_low
         sigma_up = (sigma_next**2 - sigma_down**2) ** 0.5
         x, fresh = noised(x_high, sigma_up * s_noise, noise, sigma, sigma_next)

@@ -36,6 +36,8 @@ def churned(
     x: Tensor, sigma: Tensor, noise: Noise, steps: int, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Lines 4 to 6 of algorithm 2: x and sigma after the noise that was added, and that noise."""
+    if not s_churn >= 0 or not s_noise >= 0:
+        raise ValueError(f"s_churn={s_churn}, s_noise={s_noise}: give numbers of 0 or more")
     gamma = min(s_churn / steps, 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
     if gamma == 0:
         return x, sigma, None
