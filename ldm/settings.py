@@ -363,8 +363,8 @@ class Settings:
             inspect.signature(self.sampler_function).bind(None, None, None, None, **self.options)
         except TypeError as error:
             raise ValueError(
-                f"{whose} with the options {self.options}: {error}; it is called with denoise, x, sigmas, noise, and the"
-                " options by their names"
+                f"{whose} with the options {self.options}: {error}; it is called with denoise, x, sigmas, noise, and"
+                " the options by their names"
             ) from error
         if not 0 <= self.options.get("eta", 0) <= 1:
             raise ValueError(f"eta={self.options['eta']}: give a number from 0 (DDIM) to 1 (DDPM)")

@@ -602,3 +602,30 @@ def test_a_refiner_that_is_the_same_model(pipe):
     settings = {"prompt": CAT, "negative_prompt": RED, "steps": 4, "guidance": "perp_neg"}
     refiner = ldm.Pipeline.from_pretrained(DEFAULT_MODEL)
     assert torch.equal(ours(pipe, **settings, refiner=refiner), ours(pipe, **settings))
+
+
+def test_the_interval_is_open_below_and_closed_above():
+    """low < sigma <= high, so that intervals that meet share no step."""
+    both, alone = [], []
+    denoise = only_between(
+        lambda x, sigma: both.append(float(sigma)), lambda x, sigma: alone.append(float(sigma)), 1.0, 3.0
+    )
+    for sigma in (4.0, 3.0, 2.0, 1.0, 0.5):
+        denoise(X, torch.tensor(sigma))
+    assert both == [3.0, 2.0] and alone == [4.0, 1.0, 0.5]
+
+
+def test_thresholding_takes_imagens_percentile():
+    explicit = dynamic_thresholding(EPS_COND, EPS_UNCOND, SIGMA, x=X, scale=9.0, percentile=0.995)
+    assert torch.equal(dynamic_thresholding(EPS_COND, EPS_UNCOND, SIGMA, x=X, scale=9.0), explicit)
+    other = dynamic_thresholding(EPS_COND, EPS_UNCOND, SIGMA, x=X, scale=9.0, percentile=0.95)
+    assert not torch.allclose(explicit, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", ["apg", "dynamic_thresholding"])
+def test_at_sigma_0_it_is_cfg(guidance):
+    """There x is x0, which no guidance moves; where a run backwards begins."""
+    zero, given = torch.zeros(()).double(), {"x": X, "scale": 5.0} | ({"memory": {}} if guidance == "apg" else {})
+    assert torch.equal(
+        GUIDANCES[guidance](EPS_COND, EPS_UNCOND, zero, **given), cfg(EPS_COND, EPS_UNCOND, zero, scale=5.0)
+    )

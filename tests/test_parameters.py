@@ -176,8 +176,18 @@ EDITS = st.one_of(
 VARIED = st.fixed_dictionaries(
     {"subseed": st.integers(0, 2**63), "subseed_strength": SHARES, "seed_resize_from": st.none() | PAIRS}
 )
+
+
+def later(prompt, edits, varied, **others):
+    if others["sampler"] == "euler_cfg_pp":
+        others["guidance"] = "cfg"
+    if others["sampler"] == "euler_cfg_pp" or others["guidance"] == "cfg_pp":
+        others["guidance_scale"] = others["strength"]  # from 0 to 1 as well
+    return Later(prompt, **others, **edits, **varied)
+
+
 SINGLE = st.builds(
-    lambda prompt, edits, varied, **others: Later(prompt, **others, **edits, **varied),
+    later,
     TEXTS,
     EDITS,
     VARIED | st.just({}),

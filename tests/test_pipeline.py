@@ -43,6 +43,11 @@ def difference(a, b):
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
 
 
+def scale_of(sampler):
+    """CFG++'s goes from 0 to 1."""
+    return 0.6 if sampler == "euler_cfg_pp" else 7.5
+
+
 def start(pipe, **settings):
     """What a sampler is given to start from: x and the sigmas."""
     given = []
@@ -65,7 +70,7 @@ class TestEvaluations:
     @pytest.mark.parametrize("steps", [1, 2, 7])
     def test_exactly_the_steps(self, pipe, calls, sampler, steps):
         """Samplers of two evaluations make one of the step to 0."""
-        pipe("", sampler=sampler, steps=steps, progress=False)
+        pipe("", sampler=sampler, steps=steps, guidance_scale=scale_of(sampler), progress=False)
         if sampler == "dpm_adaptive":  # which sees for itself
             assert set(calls) == {2}
             return
@@ -115,7 +120,7 @@ class TestImageToImage:
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_strength_1_ignores_the_picture(self, pipe, picture, sampler):
-        settings = {"sampler": sampler, "steps": 2, "seed": 3, "progress": False}
+        settings = {"sampler": sampler, "steps": 2, "seed": 3, "progress": False, "guidance_scale": scale_of(sampler)}
         assert_identical(pipe(HEART, image=picture, strength=1, **settings), pipe(HEART, **settings))
 
     def test_below_1_the_picture_counts(self, pipe, picture):
@@ -178,7 +183,7 @@ class TestSeeds:
     # dpm_adaptive has one step size for all of a batch, and says so.
     @pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"dpm_adaptive"}))
     def test_a_picture_does_not_depend_on_its_batch(self, pipe, sampler):
-        settings = {"sampler": sampler, "steps": 3, "progress": False}
+        settings = {"sampler": sampler, "steps": 3, "progress": False, "guidance_scale": scale_of(sampler)}
         batch = pipe([HEART, CAT], batch_size=2, seed=0, **settings)
         assert batch.seeds == [0, 1, 2, 3] and len(batch.images) == 4
         for i, prompt in enumerate([HEART, HEART, CAT, CAT]):
@@ -392,6 +397,7 @@ def test_mask(pipe, picture, sampler, strength):
     mask = Image.new("L", picture.size)
     mask.paste(255, (0, 0, pipe.size // 2, pipe.size))
     settings = {"strength": strength, "mask": mask, "sampler": sampler, "steps": 4, "progress": False}
+    settings |= {"guidance_scale": scale_of(sampler)}
     out = pipe([HEART, CAT], latents=latents, **settings)
     half = latents.shape[-1] // 2
     for z in out.latents:
@@ -403,6 +409,7 @@ def test_mask(pipe, picture, sampler, strength):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_mask_of_everything_is_no_mask(pipe, picture, sampler):
     settings = {"image": picture, "strength": 0.5, "sampler": sampler, "steps": 4, "progress": False}
+    settings |= {"guidance_scale": scale_of(sampler)}
     masked = pipe(HEART, mask=Image.new("L", picture.size, 255), **settings)
     torch.testing.assert_close(masked.latents, pipe(HEART, **settings).latents, rtol=0, atol=1e-4)
 

@@ -38,7 +38,14 @@ TABLE = {row[2:].split(" |")[0]: row for row in PAGE.splitlines() if row.startsw
 ORDERS = {
     **{"ddim": 1, "ddpm": 1, "euler": 1, "euler_ancestral": 1, "euler_cfg_pp": 1},
     **{"heun": 2, "dpm_2": 2, "dpm_2_ancestral": 2, "lms": 2, "plms": 2},
-    **{"dpmpp_2s_ancestral": 2, "dpmpp_sde": 2, "dpmpp_2m": 2, "dpmpp_2m_sde": 2, "dpmpp_2m_sde_heun": 2, "dpmpp_3m_sde": 2},
+    **{
+        "dpmpp_2s_ancestral": 2,
+        "dpmpp_sde": 2,
+        "dpmpp_2m": 2,
+        "dpmpp_2m_sde": 2,
+        "dpmpp_2m_sde_heun": 2,
+        "dpmpp_3m_sde": 2,
+    },
     **{"dpm_adaptive": 3, "unipc": 2, "deis": 2, "restart": 2},
 }
 STUDENTS = {"lcm": lcm_student, "tcd": tcd_student}

@@ -103,23 +103,61 @@ def test_refused(settings, message):
 
 
 @pytest.mark.parametrize(
-    "sigmas",
-    [
-        torch.tensor([1.0]),
-        torch.tensor([]),
-        torch.tensor([[2.0, 1.0]]),
-        torch.tensor([1.0, 2.0]),
-        torch.tensor([2.0, 1.0, 1.0]),
-        torch.tensor([2.0, 1.0, -0.1]),
-        torch.tensor([INF, 1.0, 0.0]),
-        torch.tensor([2.0, NAN, 0.0]),
-    ],
-    ids=["one", "none", "matrix", "rising", "level", "below-0", "inf", "nan"],
+    ("sigmas", "message"),
+    {
+        "one": (torch.tensor([1.0]), r"sigmas \(1,\) of torch.float32: give numbers"),
+        "none": (torch.tensor([]), r"sigmas of shape \(0,\): give"),
+        "matrix": (torch.tensor([[2.0, 1.0]]), r"sigmas of shape \(1, 2\): give"),
+        "complex": (torch.tensor([2j, 1j]), r"sigmas \(2,\) of torch.complex64: give"),
+        "bool": (torch.tensor([True, False]), r"sigmas \(2,\) of torch.bool: give"),
+        "rising": (torch.tensor([1.0, 2.0]), r"sigmas\[0\] and \[1\] are 1.0 and 2.0: sigmas must fall"),
+        "level": (torch.tensor([2.0, 1.0, 1.0]), r"sigmas\[1\] and \[2\] are 1.0 and 1.0: sigmas must fall"),
+        "below-0": (torch.tensor([2.0, 1.0, -0.5]), r"sigmas\[2\] is -0.5: give finite ones of 0 or more"),
+        "inf": (torch.tensor([INF, 1.0, 0.0]), r"sigmas\[0\] is inf: give finite"),
+        "nan": (torch.tensor([2.0, NAN, 0.0]), r"sigmas\[1\] is nan: give finite"),
+    }.values(),
 )
-def test_sigmas_refused(sigmas):
-    shape = re.escape(str(tuple(sigmas.shape)))
-    with pytest.raises(ValueError, match=rf"sigmas of shape {shape}: .* at least 2 values that decrease to >= 0"):
+def test_sigmas_refused(sigmas, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         Settings(sigmas=sigmas)
+
+
+def takes_one_more(denoise, x, sigmas, noise, more):
+    yield from ()
+
+
+def takes_three(denoise, x, sigmas):
+    yield from ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"sampler": "euler", "sampler_options": {"s_churn": "3"}},
+            "s_churn='3': the sampler 'euler' takes a number, 0.0",
+        ),
+        ({"sampler": "euler", "sampler_options": {"s_churn": NAN}}, "s_churn=nan: the sampler 'euler' takes a number"),
+        ({"sampler": "lms", "sampler_options": {"order": 2.5}}, "order=2.5: the sampler 'lms' takes a whole number, 4"),
+        ({"sampler": "ddim", "sampler_options": {"eta": -1}}, "eta=-1: give a number from 0"),
+        ({"sampler": "dpmpp_2m_sde", "sampler_options": {"eta": 5}}, "eta=5: give a number from 0"),
+        ({"sampler": "DPM++ 2M SDE Heun", "sampler_options": {"eta": 5}}, "eta=5: give a number from 0"),
+        ({"sampler": "euler_cfg_pp"}, r"guidance_scale=7.5: that of CFG\+\+ goes from 0 to 1"),
+        ({"guidance": "cfg_pp"}, r"guidance_scale=7.5: that of CFG\+\+ goes from 0 to 1"),
+        ({"guidance": "cfg_pp", "sampler": "euler_cfg_pp", "guidance_scale": 0.6}, "they do the same"),
+        ({"guidance": "perp_neg", "guidance_options": {"negative_scale": "a"}}, "negative_scale='a': the guidance"),
+        (
+            {"sampler": takes_one_more},
+            "missing a required argument: 'more'; it is called with denoise, x, sigmas, noise",
+        ),
+        ({"sampler": takes_three}, "too many positional arguments; it is called with denoise, x, sigmas, noise"),
+        ({"sampler": int}, "give a generator function|it is called with denoise"),
+        ({"sampler": dict}, "give a generator function|it is called with denoise"),
+    ],
+)
+def test_samplers_and_their_options_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
 
 
 def test_unknown_keyword():

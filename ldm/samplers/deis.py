@@ -14,10 +14,10 @@ def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int 
 
     The order grows from 1, so that the first step limits the whole to 2. It is 1 to sigma 0 and from it, where
     log sigma has no value, and with less than 15 steps it falls to 1 at the end, as in diffusers. Raises ValueError for
-    order < 1.
+    order outside 1..3.
     """
-    if order < 1:
-        raise ValueError(f"order={order}: give an order of 1 or more")
+    if order not in (1, 2, 3):
+        raise ValueError(f"order={order}: give 1, 2 or 3")
     past: list[tuple[float, Tensor]] = []
     for i, (sigma, sigma_next) in intervals(sigmas):
         prediction = denoise(x, sigma)

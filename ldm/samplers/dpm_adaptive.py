@@ -12,6 +12,8 @@ from ldm.samplers.denoiser import Denoiser
 from ldm.samplers.euler import ancestral, noised
 from ldm.samplers.step import Noise, Step, Steps, after, check_finite, checked
 
+SHORTEST = 1e-6  # h of a step that is worth taking: below, x0 and x differ by rounding
+
 
 def dpm_adaptive(
     denoise: Denoiser,
@@ -63,7 +65,7 @@ def dpm_adaptive(
         while not accepted:
             left = (sigma / sigma_end).log()
             sigma_next = sigma_end if pid.h >= left.abs() else sigma * (-left.sign() * pid.h).exp()
-            if sigma_next == sigma:
+            if sigma_next != sigma_end and pid.h < SHORTEST:
                 raise FloatingPointError(
                     f"step {i}, at sigma={float(sigma):.4f}: no step is short enough for rtol={rtol} and atol={atol} in"
                     f" {x.dtype}; give larger ones"

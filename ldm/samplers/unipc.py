@@ -18,10 +18,10 @@ def unipc(
 
     solver_type: B(h) = h ("bh1") or e^h - 1 ("bh2"). The evaluation at sigma_next also corrects the x that it was made
     at. The order grows from 1 and falls to 1 again at the end, as in diffusers: the last step, of local order 2, is
-    never corrected. Raises ValueError for another solver_type, or an order below 1.
+    never corrected. Raises ValueError for another solver_type, or an order outside 1..3.
     """
-    if solver_type not in ("bh1", "bh2") or order < 1:
-        raise ValueError(f"order={order}, solver_type={solver_type!r}: give an order of 1 or more, and bh1 or bh2")
+    if solver_type not in ("bh1", "bh2") or order not in (1, 2, 3):
+        raise ValueError(f"order={order}, solver_type={solver_type!r}: give 1, 2 or 3, and bh1 or bh2")
     past: Past = []
     start, p = x, 1
     for i, (sigma, sigma_next) in intervals(sigmas):

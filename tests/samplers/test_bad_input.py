@@ -102,9 +102,18 @@ def test_no_noise_upwards(name, options):
     assert watched.calls == 0
 
 
-def test_adaptive_does_not_begin_at_0():
-    with pytest.raises(ValueError, match=r"^sigmas\[0\] is 0, whose logarithm is not finite: begin above 0"):
-        next(begun(SAMPLERS["dpm_adaptive"], torch.tensor([0.0, 2.0])))
+def test_adaptive_ends_where_no_step_is_short_enough():
+    """For float32 x a tolerance under its own digits."""
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * 3
+
+    def rough(x, sigma):
+        x0 = (x * 1e4).round() / 2e4
+        return Prediction(x0, (x - x0) / sigma)
+
+    with pytest.raises(
+        FloatingPointError, match=r"no step is short enough for rtol=1e-09 and atol=1e-09 in torch.float32"
+    ):
+        list(SAMPLERS["dpm_adaptive"](rough, x, torch.tensor([3.0, 0.1]), None, rtol=1e-9, atol=1e-9))
 
 
 @ALL

@@ -316,9 +316,9 @@ def test_lms_coefficients():
     assert cubes == pytest.approx((0.25**4 - 2.5**4) / 4)
 
 
-@pytest.mark.parametrize("order", [0, -1])
+@pytest.mark.parametrize("order", [0, -1, 5, 15])
 def test_lms_order_refused(order):
-    with pytest.raises(ValueError, match=f"order={order}: give a whole number of 1 or more"):
+    with pytest.raises(ValueError, match=f"order={order}: give 1, 2, 3 or 4"):
         next(lms(gaussian(MEAN, STD), normal(4), SIGMAS, None, order=order))
 
 
@@ -405,3 +405,19 @@ def test_restart_segments():
 def test_restart_segment_refused(segment):
     with pytest.raises(ValueError, match=re.escape(f"segment {segment}: give (N_restart, K, t_min, t_max)")):
         next(restart(gaussian(MEAN, STD), normal(4), SIGMAS, None, [segment]))
+
+
+def test_churn_holds_at_both_ends_of_its_window():
+    """Algorithm 2: S_tmin <= sigma <= S_tmax."""
+    sigmas = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    steps = sample(
+        euler,
+        MixtureNet("epsilon"),
+        normal(4),
+        sigmas,
+        lambda *_: torch.ones(4).double(),
+        s_churn=1.0,
+        s_tmin=1.0,
+        s_tmax=2.0,
+    )
+    assert [step.noise is not None for step in steps] == [False, True, True]

@@ -18,10 +18,25 @@ from ldm.samplers import PREDICTION_TYPES, SAMPLERS, Denoiser, Prediction, Step,
 ORDERS = {
     **{"ddim": 1, "euler": 1, "euler_ancestral": 1, "euler_cfg_pp": 1},
     **{"heun": 2, "dpm_2": 2, "dpm_2_ancestral": 2, "lms": 2, "plms": 2, "unipc": 2, "deis": 2},
-    **{"dpmpp_2s_ancestral": 2, "dpmpp_sde": 2, "dpmpp_2m": 2, "dpmpp_2m_sde": 2, "dpmpp_3m_sde": 2},
+    **{
+        "dpmpp_2s_ancestral": 2,
+        "dpmpp_sde": 2,
+        "dpmpp_2m": 2,
+        "dpmpp_2m_sde": 2,
+        "dpmpp_2m_sde_heun": 2,
+        "dpmpp_3m_sde": 2,
+    },
 }
-ETA_0 = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
-MULTISTEP = ("lms", "plms", "unipc", "deis", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde")
+ETA_0 = (
+    "euler_ancestral",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun",
+    "dpmpp_3m_sde",
+)
+MULTISTEP = ("lms", "plms", "unipc", "deis", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 INVERTERS = pytest.mark.parametrize("name", ORDERS)
 
 
@@ -66,7 +81,7 @@ def test_converges_upwards(sigmas, name):
 
 def slope(error: Callable[[int], float]) -> float:
     """Of log error against log steps."""
-    counts = [32, 64, 128]
+    counts = [64, 128, 256]
     return -float(np.polyfit(np.log(counts), np.log([error(count) for count in counts]), 1)[0])
 
 

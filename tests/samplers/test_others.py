@@ -18,6 +18,7 @@ from ldm.samplers import (
     Prediction,
     ddpm,
     deis,
+    dpm_adaptive,
     euler,
     euler_cfg_pp,
     lcm,
@@ -358,9 +359,18 @@ def test_every_count_evaluates_exactly_that_often(sampler):
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
-        (unipc, {"order": 0}, "^order=0, solver_type='bh2': give an order of 1 or more, and bh1 or bh2$"),
+        (unipc, {"order": 0}, "^order=0, solver_type='bh2': give 1, 2 or 3, and bh1 or bh2$"),
         (unipc, {"solver_type": "midpoint"}, "^order=2, solver_type='midpoint': give"),
-        (deis, {"order": 0}, "^order=0: give an order of 1 or more$"),
+        (deis, {"order": 0}, "^order=0: give 1, 2 or 3$"),
+        (deis, {"order": 12}, "^order=12: give 1, 2 or 3$"),
+        (unipc, {"order": 4}, "^order=4, solver_type='bh2': give 1, 2 or 3"),
+        (euler, {"s_churn": -1.0}, r"^s_churn=-1\.0, s_noise=1\.0: give numbers of 0 or more$"),
+        (
+            dpm_adaptive,
+            {"rtol": -1.0},
+            r"^rtol=-1\.0, atol=0\.0078, h_init=0\.05, accept_safety=0\.81: give numbers above 0",
+        ),
+        (dpm_adaptive, {"accept_safety": 3.0}, r"accept_safety=3\.0: give numbers above 0, the last up to 1$"),
         (tcd, {"gamma": 1.1}, r"^gamma=1\.1: give a number from 0 \(deterministic\) to 1"),
     ],
 )
