@@ -122,7 +122,7 @@ def batch_rows(kinds: Tensor, batch: int, seed: int, step: int) -> Tensor:
     counts = kinds.bincount()
 
     def called(epoch: int) -> Tensor:
-        """Each kind's rows in the order of the epoch."""
+        """Every row, in the order of the epoch."""
         return torch.randperm(len(kinds), generator=step_generator(seed + 1, epoch))
 
     def full(epoch: int) -> int:
