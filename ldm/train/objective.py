@@ -178,8 +178,8 @@ def encode(encoders: Iterable[nn.Module], ids: Sequence[Tensor], clip_skip: int 
 class Diffusion(nn.Module):
     """The nets that are trained together, and their loss. Which weights are trained is told by their requires_grad.
 
-    text_encoders: none when the texts are encoded beforehand; one; or SDXL's two. Their layers after those that
-    `clip_skip` takes are frozen, if only SDXL's pooled vector could read them: no gradient would ever come there.
+    text_encoders: none when the texts are encoded beforehand; one; or SDXL's two. Layers after the one that `clip_skip`
+    takes are frozen, for no gradient would ever come there, but in the encoder that gives SDXL's pooled vector.
     autocast: the nets run in bfloat16 where that is safe, on weights that stay float32 (Micikevicius et al. 2018).
     checkpointing: a block's activations are computed anew on the way back instead of kept (Chen et al. 2016): the same
     gradients in less memory, for another forward pass. It stays with the nets; without gradients it does nothing.
@@ -235,6 +235,6 @@ def checkpoint_blocks(net: nn.Module) -> None:
     They draw no random numbers, whose state would have to be kept too.
     """
     for module in net.modules():
-        if isinstance(module, ResnetBlock | TransformerBlock | Layer) and "forward" not in vars(module):
+        if isinstance(module, ResnetBlock | TransformerBlock | Layer):
             again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
             module.forward = again  # type: ignore[method-assign]

@@ -367,11 +367,14 @@ def test_checkpointing_has_the_same_gradients_in_less_memory(model, autocast):
     assert kept_again < 0.25 * kept and most_again < 0.5 * most
 
 
-def test_checkpointing_twice_is_checkpointing():
+def test_checkpointing_twice_costs_no_more_and_copies_stand_alone():
     nets, rows, runs = nets_of(SD1), rows_of(SD1), []
     for _ in range(2):
         diffusion = Diffusion(nets[0], nets[1:], checkpointing=True)
-    norm = nets[0].mid_block.resnets[0].norm1
-    norm.register_forward_hook(lambda *_: runs.append(1))
+    other = copy.deepcopy(diffusion)
+    nets[0].mid_block.resnets[0].norm1.register_forward_hook(lambda *_: runs.append(1))
     diffusion(*rows).backward()
+    assert len(runs) == 2  # on the way forth, and once more on the way back
+    other(*rows).backward()
     assert len(runs) == 2
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(diffusion.parameters(), other.parameters(), strict=True))
