@@ -11,7 +11,7 @@ Each vector becomes a row at the end of the encoder's token table, with an id of
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.clip.cleanup import clean
 from ldm.clip.text_encoder import TextEncoder
@@ -52,21 +52,28 @@ def load_embedding(path: Path, word: str | None, encoders: Encoders) -> str:
         places += [(other, name) for name in other.shapes]
     check_tensors(places, encoders)
     word = own if word is None else word
-    check_word(path, word, encoders)
+    if problem := word_problem(word, encoders):
+        raise CheckpointError(f"{path}: the word {word!r} {problem}; give another one with word=")
 
-    tables = []
+    learned = []
     for (source, name), (_, encoder) in zip(places[-len(encoders) :], encoders, strict=True):
-        table = token_table(encoder).weight.detach()
+        table = token_table(encoder).weight
         vectors = source[name].to(table).reshape(-1, table.shape[1])  # (n,width)
         if not all_finite(vectors):
             raise CheckpointError(f"{path}: {name} has NaN or infinity in {table.dtype}: download or train it again")
-        tables.append(torch.cat([table, vectors]))
-    for (tokenizer, encoder), table in zip(encoders, tables, strict=True):
-        embedding = token_table(encoder)
+        learned.append(vectors)
+    add_word(word, learned, encoders)
+    return word
+
+
+def add_word(word: str, vectors: list[Tensor], encoders: Encoders) -> None:
+    """Teach the tokenizers the word, and the text encoders its vectors (n,width), as new rows, in their dtype."""
+    embeddings = [token_table(encoder) for _, encoder in encoders]
+    tables = [torch.cat([e.weight.detach(), rows.to(e.weight)]) for e, rows in zip(embeddings, vectors, strict=True)]
+    for (tokenizer, _), embedding, table in zip(encoders, embeddings, tables, strict=True):
         tokenizer.add(word, list(range(embedding.num_embeddings, len(table))))
         embedding.weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
         embedding.num_embeddings = len(table)
-    return word
 
 
 def token_table(encoder: TextEncoder) -> nn.Embedding:
@@ -100,13 +107,12 @@ def family(widths: tuple[int, ...]) -> str:
     return " + ".join(map(str, widths)) + (f" ({FAMILIES[widths]})" if widths in FAMILIES else "")
 
 
-def check_word(path: Path, word: str, encoders: Encoders) -> None:
+def word_problem(word: str, encoders: Encoders) -> str | None:
+    """Why the word cannot be had, as the end of a sentence that begins with it."""
     if not clean(word) or set(word) & set(SYNTAX):
-        problem = f"is empty, or has one of {' '.join(SYNTAX)}, which a prompt has for its weights"
-    elif any(clean(word) in tokenizer.words for tokenizer, _ in encoders):
-        problem = "is taken by an embedding that was loaded before"
-    elif any(len(tokenizer.ids(word)) == 1 for tokenizer, _ in encoders):
-        problem = "is taken: it is one whole token of the vocabulary"
-    else:
-        return
-    raise CheckpointError(f"{path}: the word {word!r} {problem}; give another one with word=")
+        return f"is empty, or has one of {' '.join(SYNTAX)}, which a prompt has for its weights"
+    if any(clean(word) in tokenizer.words for tokenizer, _ in encoders):
+        return "is taken by an embedding that was loaded before"
+    if any(len(tokenizer.ids(word)) == 1 for tokenizer, _ in encoders):
+        return "is taken: it is one whole token of the vocabulary"
+    return None
