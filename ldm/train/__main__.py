@@ -88,7 +88,8 @@ def main() -> None:
         for verb in PARTS if a.verb == "emoji" else [a.verb]:
             PARTS[verb](a)
     except KeyboardInterrupt as stop:
-        print(stop, file=sys.stderr)
+        if processes.rank() == 0:
+            print(stop, file=sys.stderr)
         sys.exit(130)
 
 

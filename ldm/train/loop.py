@@ -261,6 +261,11 @@ class Run:
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def same_rates(theirs: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
+    """Whether a run of `ours` would be at `step` where one of `theirs` is: one may be made longer or shorter so."""
+    return step <= ours["steps"] and all(learning_rate(k, **theirs) == learning_rate(k, **ours) for k in range(step))
+
+
 def resume(run: Run, config: Mapping[str, Any]) -> None:
     """From the newest whole state in the run's folder, if there is one: the same for all processes."""
     if processes.rank() == 0:
@@ -270,9 +275,8 @@ def resume(run: Run, config: Mapping[str, Any]) -> None:
     if path is not None:
         tensors, facts = state.read(path)
         theirs, ours = facts["config"], dict(config)
-        rates = [[learning_rate(k, **c["rate"]) for k in range(facts["step"])] for c in (theirs, ours)]
-        if rates[0] == rates[1] and facts["step"] <= ours["rate"]["steps"]:
-            ours["rate"] = theirs["rate"]  # another number of steps does not change what was done
+        if theirs["rate"] != ours["rate"] and same_rates(theirs["rate"], ours["rate"], facts["step"]):
+            ours["rate"] = theirs["rate"]
         state.refuse_other(path, theirs, ours)
         run.load(path, tensors, facts)
     if processes.rank() == 0:

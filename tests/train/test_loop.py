@@ -686,6 +686,31 @@ class TestSchedule:
         assert rate[1000] == 0
         assert rate[:751] == [learning_rate(step, 5000, 100) for step in range(751)]
 
+    def test_constant(self):
+        rate = [learning_rate(step, 100, 10, "constant") for step in range(101)]
+        assert rate == pytest.approx([min(1, (step + 1) / 10) for step in range(101)])
+
+    def test_cosine(self):
+        """A half wave over the steps after the warm-up."""
+        rate = [learning_rate(step, 110, 10, "cosine") for step in range(111)]
+        assert rate[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
+        assert [rate[step] for step in (35, 60, 85, 110)] == pytest.approx([0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0])
+
+    @pytest.mark.parametrize("schedule", loop.SCHEDULES)
+    def test_without_warm_up(self, schedule):
+        assert learning_rate(0, 100, 0, schedule) == 1
+
+    def test_no_such_schedule(self):
+        with pytest.raises(ValueError, match="schedule 'poly': there are constant, linear, cosine"):
+            learning_rate(0, 100, 0, "poly")
+
+    @pytest.mark.parametrize("schedule", loop.SCHEDULES)
+    def test_train_follows_it(self, schedule, tmp_path):
+        run(tmp_path, schedule=schedule)
+        assert [row["lr"] for row in log(tmp_path)] == [
+            0.2 * learning_rate(k, STEPS, 5, schedule) for k in range(STEPS)
+        ]
+
     @pytest.mark.parametrize(("count", "batch"), [(24, 4), (22, 4), (9, 9)])
     def test_an_epoch_visits_the_rows_once(self, count, batch):
         per_epoch = count // batch
