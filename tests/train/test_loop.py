@@ -179,23 +179,26 @@ class TestThreads:
         torch.set_num_threads(threads)
         try:
             optimizers = [torch.optim.SGD(net.parameters(), lr=0.1)]
-            train(net, batch_of, optimizers, tmp_path, steps=1, warmup=1)
+            train(net, batch_of, optimizers, tmp_path, steps=2, schedule="constant", warmup=1)
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(before)
-        assert sorted(lengths) == {1: [4], 2: [2, 2], 3: [1, 1, 2], 5: [1, 1, 1, 1]}[threads]
+        assert sorted(lengths) == sorted(2 * {1: [4], 2: [2, 2], 3: [1, 1, 2], 5: [1, 1, 1, 1]}[threads])
 
         by_hand.load_state_dict(values)
-        x, y = batch_of(0)
-        loss = by_hand(x, y)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
-        torch.optim.SGD(by_hand.parameters(), lr=0.1).step()
+        optimizer, lines = torch.optim.SGD(by_hand.parameters(), lr=0.1), []
+        for step in range(2):
+            optimizer.zero_grad()
+            loss = by_hand(*batch_of(step))
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+            optimizer.step()
+            loss, norm = (pytest.approx(value.item(), rel=1e-6) for value in (loss, norm))
+            lines.append({"step": step + 1, "loss": loss, "norm": norm, "lr": 0.1})
         after, _ = newest(tmp_path)
         for name, value in by_hand.state_dict().items():
             torch.testing.assert_close(after[f"net.{name}"], value, rtol=1e-6, atol=1e-7)
-        loss, norm = (pytest.approx(value.item(), rel=1e-6) for value in (loss, norm))
-        assert log(tmp_path) == [{"step": 1, "loss": loss, "norm": norm, "lr": 0.1}]
+        assert log(tmp_path) == lines
 
     def test_uneven_shares(self, tmp_path):
         """Seven rows on two threads: each row counts the same."""
