@@ -8,15 +8,18 @@
     python -m ldm.train evaluate    measure a model; draw its contact sheet and, where the logs are, the loss curves
 
 A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was when the same command is given again.
+`torchrun --nproc-per-node 2 -m ldm.train ...` is the same command for two processes.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ldm.pipeline import Pipeline
+from ldm.train import processes, state
 from ldm.train.diffusion import Nets, train_diffusion
 from ldm.train.emoji import build
 from ldm.train.evaluate import contact_sheet, evaluate, plot_loss, sheet_prompts
@@ -26,8 +29,9 @@ from ldm.vae import VAE
 
 
 def data_verb(a: argparse.Namespace) -> None:
-    if not a.data.exists():
-        build(a.data, a.runs / "packages")
+    with processes.first():
+        if not a.data.exists():
+            build(a.data, a.runs / "packages")
 
 
 def vae_verb(a: argparse.Namespace) -> VAE:
@@ -43,11 +47,17 @@ def export_verb(a: argparse.Namespace) -> None:
     folder, vae = a.runs / "diffusion", vae_verb(a)
     vae.config = replace(CONFIG, scaling_factor=torch.load(folder / "latents.pt", weights_only=True)["scaling_factor"])
     nets = Nets()
-    nets.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["ema"])
-    export(nets.unet, vae, nets.text_encoder, folder / "tokenizer", a.model)
+    if (path := state.newest(folder)) is None:
+        raise FileNotFoundError(f"{folder} has no state of a training: run `diffusion` first")
+    nets.load_state_dict(state.part(state.read(path)[0], "ema"))
+    if processes.rank() == 0:
+        export(nets.unet, vae, nets.text_encoder, folder / "tokenizer", a.model)
 
 
 def evaluate_verb(a: argparse.Namespace) -> None:
+    processes.join()
+    if processes.rank() > 0:
+        return
     evaluate(a.model, a.data)
     contact_sheet(Pipeline.from_pretrained(a.model), sheet_prompts(a.data), a.model.parent / "sheet.png")
     logs = {name: a.runs / name / "log.jsonl" for name in ("vae", "diffusion")}
@@ -74,8 +84,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
     parser.add_argument("--steps", type=int, default=7_000, help="of the diffusion, 64 pictures each")
     a = parser.parse_args()
-    for verb in PARTS if a.verb == "emoji" else [a.verb]:
-        PARTS[verb](a)
+    try:
+        for verb in PARTS if a.verb == "emoji" else [a.verb]:
+            PARTS[verb](a)
+    except KeyboardInterrupt as stop:
+        if processes.rank() == 0:
+            print(stop, file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

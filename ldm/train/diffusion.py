@@ -14,8 +14,8 @@ from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.text_encoder import Layer
 from ldm.clip.tokenizer import Tokenizer
 from ldm.samplers.schedule import Schedule
-from ldm.train import captions, data
-from ldm.train.loop import batch_indices, muon_and_adamw, save_state, step_generator, train
+from ldm.train import captions, data, processes, state
+from ldm.train.loop import batch_indices, muon_and_adamw, step_generator, train
 from ldm.train.text import train_text
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.blocks import ResnetBlock
@@ -57,6 +57,13 @@ def compute_latents(vae: VAE, file: Path, seed: int = 0) -> dict:
     return dict(mean=mean, std=std, colours=colours, scaling_factor=round(1 / spread.item(), 5))
 
 
+def save_whole(path: Path, content: dict) -> None:
+    """All or nothing: written beside `path`, then renamed."""
+    temporary = path.with_suffix(".part")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
 class Nets(nn.Module):
     """What is trained together."""
 
@@ -64,6 +71,13 @@ class Nets(nn.Module):
         super().__init__()
         self.unet = UNet(UNET)
         self.text_encoder = TextEncoder(TEXT)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        """The mean of each picture's squared error of v, times its weight (B,)."""
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = self.unet(x, t, self.text_encoder(ids).context)
+        loss = F.mse_loss(out.float(), v, reduction="none").mean(dim=(1, 2, 3))
+        return (weight * loss).mean()
 
 
 def initialise(nets: Nets) -> None:
@@ -107,10 +121,11 @@ def train_diffusion(
     `folder` receives the tokenizer, the latents (both are kept from an earlier start) and the state of the loop.
     """
     meta = [m for m in data.load(file)[1] if m["split"] == "train"]
-    if not (folder / "tokenizer").exists():
-        captions.train_vocabulary(meta, folder / "tokenizer")
-    if not (folder / "latents.pt").exists():
-        save_state(folder / "latents.pt", compute_latents(vae, file))
+    with processes.first():
+        if not (folder / "tokenizer").exists():
+            captions.train_vocabulary(meta, folder / "tokenizer")
+        if not (folder / "latents.pt").exists():
+            save_whole(folder / "latents.pt", compute_latents(vae, file))
     words = folder / "tokenizer"
     tokenizer = Tokenizer.from_files(words / "vocab.json", words / "merges.txt", length=captions.LENGTH)
     latents = torch.load(folder / "latents.pt", weights_only=True)
@@ -119,7 +134,7 @@ def train_diffusion(
     torch.manual_seed(seed)
     nets = Nets()
     initialise(nets)
-    if not (folder / "state.pt").exists():
+    if not state.paths(folder):
         white = latents["scaling_factor"] * latents["mean"][: len(meta)].float()
         train_text(nets.text_encoder, tokenizer, meta, white, folder / "text")
 
@@ -137,14 +152,11 @@ def train_diffusion(
         noise = torch.randn(z.shape, generator=generator)
         t = draw_t(batch, generator)
         a = alphas[t][:, None, None, None]
-        return a.sqrt() * z + (1 - a).sqrt() * noise, t, tokenizer(texts), a.sqrt() * noise - (1 - a).sqrt() * z
-
-    def loss_of(x: Tensor, t: Tensor, ids: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            out = nets.unet(x, t, nets.text_encoder(ids).context)
-        loss = F.mse_loss(out.float(), v, reduction="none").mean(dim=(1, 2, 3))
-        return (loss_weight(alphas[t]) * loss).mean()
+        x, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
+        return x, t, tokenizer(texts), v, loss_weight(alphas[t])
 
     # For so few pixels and tokens the plain product is faster than flash attention, whose backward pass is slow.
     with sdpa_kernel(SDPBackend.MATH):
-        return train(nets, batch_of, loss_of, muon_and_adamw(nets, lr), folder, steps=steps)
+        return train(
+            nets, batch_of, muon_and_adamw(nets, lr), folder, steps=steps, settings=dict(batch=batch, seed=seed)
+        )

@@ -1,19 +1,22 @@
-"""The training loop that the default model's nets share: warm-up and linear decay, EMA, resumable at any moment.
+"""The training loop that everything shares: rates, accumulation, EMA, several processes, resumable at any moment.
 
-On a CPU, threads that each take a part of the batch are nearly twice as fast here as threads that share every product.
+On a CPU, threads that each take a part of the batch are nearly twice as fast for small nets as threads that share every
+product.
 
 Every random number of step k is drawn from a generator seeded by (seed, k), so that the step number is the whole state
-of the data and the noise: a run that was stopped and resumed, on as many threads, is the run that was not stopped.
+of the data and the noise: a run that was stopped and resumed, on as many threads, is the run that was not stopped. On
+another number of threads, processes or parts of a batch it differs by rounding.
 """
 
 import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +25,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-Net = TypeVar("Net", bound=nn.Module)
+from ldm.train import processes, state
+from ldm.train.gradients import Gradients
+
+Objective = TypeVar("Objective", bound=nn.Module)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -39,33 +45,30 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     return order[start : start + batch]
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """A fraction of the full rate: up for `warmup` steps, level, then straight down to 0 in the last quarter.
+def linear(done: float) -> float:
+    """Level, then straight down to 0 in the last quarter. The level part does not depend on the number of steps: a run
+    may be made longer or shorter until its last quarter begins. (diffusers' `linear` falls from the start.)"""
+    return min(1.0, (1 - done) / 0.25)
 
-    The level part does not depend on `steps`: a run may be made longer or shorter until its last quarter begins.
+
+def cosine(done: float) -> float:
+    """Half a wave from 1 to 0 (Loshchilov & Hutter 2017, without restarts)."""
+    return 0.5 + 0.5 * math.cos(math.pi * done)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda done: 1.0, "linear": linear, "cosine": cosine}
+
+
+def learning_rate(step: int, steps: int, warmup: int, schedule: str = "linear") -> float:
+    """A fraction of the full rate: up for `warmup` steps, then as the schedule has it for the part that is done.
+
+    The cosine's wave begins after the warm-up, as in diffusers; linear counts from the start.
     """
-    return min(1.0, (step + 1) / warmup, (steps - step) / (0.25 * steps))
-
-
-def save_state(path: Path, state: dict) -> None:
-    """All or nothing: written beside `path`, flushed to the disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-def forget_after(step: int, log: Path) -> None:
-    """Takes from the log what a killed run wrote after its last state: those steps will be run, and logged, again."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        temporary = log.with_suffix(".part")
-        temporary.write_text("".join(kept))
-        temporary.replace(log)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r}: there are {', '.join(SCHEDULES)}")
+    start = warmup if schedule == "cosine" else 0
+    done = max(0, step - start) / max(1, steps - start)
+    return min((step + 1) / max(1, warmup), SCHEDULES[schedule](done))
 
 
 def muon(weights: list[Tensor], lr: float) -> Optimizer:
@@ -98,109 +101,276 @@ def muon_and_adamw(net: nn.Module, lr: float) -> list[Optimizer]:
     return [muon(part, lr) for part in parts] + [adamw([p for p in net.parameters() if id(p) not in taken], lr)]
 
 
+def forget_after(step: int, log: Path) -> None:
+    """Takes from the log what a killed run wrote after its last state: those steps will be run, and logged, again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        temporary = log.with_suffix(".part")
+        temporary.write_text("".join(kept))
+        temporary.replace(log)
+
+
+class Log:
+    """A line of JSON for each step, at once: a killed run keeps its log. What a full disk refuses waits for room."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("ab", buffering=0)
+        self.waiting = b""
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self.waiting += json.dumps(row).encode() + b"\n"
+        with suppress(OSError):
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+
+class Stderr:
+    """For a training whose stderr is a file on a full disk."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def say(text: str) -> None:
+    tqdm.write(text, file=Stderr())
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Yields a list that gets the number of each SIGTERM and SIGINT (Ctrl-C) that comes, instead of their usual effect.
+
+    SIGINT too is set, not left to Python: a shell that starts this in the background has it ignored.
+    """
+    came: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """All that a state has: the trainable parameters, their EMA, the optimizers, and how many steps and seconds."""
+
+    def __init__(self, objective: nn.Module, optimizers: list[Optimizer], folder: Path, ema_decay: float | None):
+        self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.ema_decay = ema_decay
+        self.ema = {} if ema_decay is None else {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizers = optimizers
+        self.peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        self.folder = folder
+        self.path: Path | None = None  # of the last state
+        self.step, self.seconds = 0, 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same in the run that goes on."""
+        groups = [
+            {"kind": type(optimizer).__name__} | group | {"params": len(group["params"])}
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
+        groups = [group | {"lr": peak} for group, peak in zip(groups, self.peaks, strict=True)]
+        return dict(
+            parameters={name: f"{[*p.shape]} {p.dtype}" for name, p in self.parameters.items()},
+            optimizer=dict(enumerate(groups)),
+            ema_decay=self.ema_decay,
+        )
+
+    def take_step(self, batch: Sequence[Any], gradients: Gradients, fraction: float) -> tuple[float, float]:
+        """At that fraction of the full rates. Returns the loss and the norm of its gradient."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = fraction * peak
+        device = next(iter(self.parameters.values())).device
+        rows = [item.to(device) for item in batch if isinstance(item, Tensor)]
+        (loss,) = processes.total(gradients(rows))
+        norm = processes.whole(nn.utils.clip_grad_norm_([*self.parameters.values()], 1.0)).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            lists = [item for item in batch if not isinstance(item, Tensor)]
+            names = "".join(f" Its rows: {', '.join(map(str, names))}." for names in lists)
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {loss}, the norm of its gradient {norm}.{names} This step was not"
+                f" taken; the last state is {self.path}. Mend the data or the loss, or begin anew in another folder"
+                " with a lower learning rate"
+            )
+        gradients.step(self.optimizers)
+        self.step += 1
+        self.update_ema()
+        return loss, norm
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """The decay rises: the first weights are forgotten soon."""
+        if self.ema_decay is not None:
+            decay = min(self.ema_decay, self.step / (9 + self.step))
+            torch._foreach_lerp_([*self.ema.values()], [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for name, average in self.ema.items():
+            self.parameters[name].copy_(average)
+
+    def values(self) -> dict[str, Any]:
+        values = {f"net.{name}": p.detach() for name, p in self.parameters.items()}
+        values |= {f"ema.{name}": p for name, p in self.ema.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, own in optimizer.state_dict()["state"].items():
+                values |= {f"optimizer.{i}.{j}.{name}": value for name, value in own.items()}
+        return values
+
+    def save(self, config: Mapping[str, Any], keep: int) -> None:
+        """By the first process. A full disk is said, and the training goes on."""
+        tensors, scalars = {}, {}
+        for name, value in self.values().items():
+            if isinstance(value, Tensor):
+                tensor = processes.whole(value)
+                if processes.rank() == 0:
+                    tensors[name] = tensor.cpu()
+            else:
+                scalars[name] = value
+        if processes.rank() == 0:
+            facts = dict(step=self.step, seconds=self.seconds, scalars=scalars, config=config)
+            try:
+                self.path = state.write(self.folder, self.step, tensors, facts, keep)
+            except OSError as error:
+                say(f"step {self.step}: no state was saved ({error}), the last is {self.path}. The training goes on")
+
+    @torch.no_grad()
+    def load(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.path, self.step, self.seconds = path, facts["step"], facts["seconds"]
+        for kind, ours in (("net", self.parameters), ("ema", self.ema)):
+            for name, value in state.part(tensors, kind).items():
+                ours[name].copy_(processes.like(value, ours[name]))
+        for i, optimizer in enumerate(self.optimizers):
+            values: dict[int, dict[str, Any]] = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for name, value in state.part({**tensors, **facts["scalars"]}, f"optimizer.{i}").items():
+                j, key = name.split(".", 1)
+                same = isinstance(value, Tensor) and value.shape == parameters[int(j)].shape
+                values.setdefault(int(j), {})[key] = processes.like(value, parameters[int(j)]) if same else value
+            optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def same_rates(theirs: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
+    """Whether a run of `ours` would be at `step` where one of `theirs` is: one may be made longer or shorter so."""
+    return step <= ours["steps"] and all(learning_rate(k, **theirs) == learning_rate(k, **ours) for k in range(step))
+
+
+def resume(run: Run, config: Mapping[str, Any]) -> None:
+    """From the newest whole state in the run's folder, if there is one: the same for all processes."""
+    if processes.rank() == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        state.clean(run.folder)
+    path = processes.told(state.newest(run.folder) if processes.rank() == 0 else None)
+    if path is not None:
+        tensors, facts = state.read(path)
+        theirs, ours = facts["config"], dict(config)
+        if theirs["rate"] != ours["rate"] and same_rates(theirs["rate"], ours["rate"], facts["step"]):
+            ours["rate"] = theirs["rate"]
+        state.refuse_other(path, theirs, ours)
+        run.load(path, tensors, facts)
+    if processes.rank() == 0:
+        forget_after(run.step, run.folder / "log.jsonl")
+
+
+def watch(on_step: Callable[[int, dict[str, float]], None], line: dict[str, float]) -> None:
+    try:
+        on_step(int(line["step"]), line)
+    except OSError as error:
+        say(f"step {line['step']}: {error}. The training goes on")
+
+
 def train(
-    net: Net,
-    batch_of: Callable[[int], tuple[Tensor, ...]],
-    loss_of: Callable[..., Tensor],
+    objective: Objective,
+    batch_of: Callable[[int], Sequence[Any]],
     optimizers: list[Optimizer],
     folder: Path,
     *,
     steps: int,
+    schedule: str = "linear",
     warmup: int = 200,
-    ema_decay: float = 0.999,
+    accumulate: int = 1,
+    workers: int = 0,
+    ema_decay: float | None = 0.999,
+    settings: Mapping[str, Any] | None = None,
     save_minutes: float = 3.0,
-) -> Net:
-    """Minimise `loss_of(*batch_of(step))` over the parameters of `net`; returns `net` with its EMA weights.
+    save_steps: int | None = None,
+    keep: int = 3,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Objective:
+    """Minimise `objective(*batch_of(step))` over its trainable parameters; returns it with their EMA.
 
-    `batch_of` gives tensors of one length, `loss_of` the mean over their rows. There are as many threads as torch has;
-    each takes some of the rows, then some of the `optimizers`, whose rates rise and fall by `learning_rate`.
-    `folder/state.pt` is read when it exists and written every `save_minutes` and at the end; `folder/log.jsonl` gets a
-    line for each step: step (the first is 1), loss, lr, seconds. SIGINT (Ctrl-C) and SIGTERM let the step end, save and
-    raise KeyboardInterrupt. A loss or gradient that is not finite raises FloatingPointError before it gets into the
-    weights; after that, and after any other error, the last state that was saved stands.
-    Only the main thread can be told of signals, so only it can train.
+    `batch_of(step)`, step from 0: the tensors of the whole batch, of one length, then, if there is one, a list of names
+    of its rows for errors. `objective(*tensors)`: the mean loss over the rows that it is given. Both must draw their
+    random numbers from `step_generator` alone, and the objective's buffers must not change.
+
+    Under torchrun each process takes its share of the rows. A process takes them in `accumulate` parts, one after the
+    other. Of each part, `workers` threads take a share, and then some of the `optimizers`; 0 is as many as torch has.
+    Each of them holds a gradient: for large nets take 1, as torchrun's processes do; its products use all cores.
+
+    The rates of the optimizers rise for `warmup` steps and follow the `schedule` (constant, linear or cosine). The norm
+    of the gradient is clipped at 1. `ema_decay` None: no EMA.
+
+    The run goes on from the newest state in `folder`; one is written every `save_minutes`, every `save_steps` and at
+    the end, and the last `keep` are kept. A state of other parameters, optimizers, rates up to now or `settings` (JSON:
+    what else makes the run what it is) raises ValueError. `folder/log.jsonl` gets a line for each step: step (the first
+    is 1), loss, norm (before clipping), lr (of the first group), seconds. The same goes to `on_step(step, line)`, in
+    the first process; its OSErrors (a full disk) are said, and the training goes on.
+
+    SIGINT (Ctrl-C) and SIGTERM let the step end, save and raise KeyboardInterrupt. A loss or gradient that is not
+    finite raises FloatingPointError before it gets into the weights; after that, and after any other error, the last
+    state that was saved stands. Only the main thread can be told of signals, so only it can train.
     """
-    parameters = list(net.parameters())
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    ema = {k: v.clone() for k, v in net.state_dict().items()}
-    start, seconds = 0, 0.0
-    state_file = folder / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        net.load_state_dict(state["net"])
-        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        ema, start, seconds = state["ema"], state["step"], state["seconds"]
-    folder.mkdir(parents=True, exist_ok=True)
-    forget_after(start, folder / "log.jsonl")
-
-    def save(step: int) -> None:
-        rest = dict(optimizers=[o.state_dict() for o in optimizers], ema=ema, step=step, seconds=seconds)
-        save_state(state_file, dict(net=net.state_dict(), **rest))
-
-    stop = False
-
-    def ask_to_stop(*_: Any) -> None:
-        nonlocal stop
-        stop = True
-
-    # SIGINT too: a shell that starts this in the background has it ignored.
-    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-    def gradients(share: float, *rows: Tensor) -> tuple[float, tuple[Tensor, ...]]:
-        loss = share * loss_of(*rows)
-        return loss.item(), torch.autograd.grad(loss, parameters)
-
+    processes.join()
+    shared = processes.share(objective)
+    run = Run(objective, optimizers, folder, ema_decay)
+    rate: dict[str, Any] = dict(steps=steps, warmup=warmup, schedule=schedule)
+    config = dict(rate=rate, settings=dict(settings or {}), **run.settings())
+    resume(run, config)
+    first, start = processes.rank() == 0, run.step
+    log = Log(folder / "log.jsonl" if first else Path(os.devnull))
+    gradients = Gradients(shared, run.parameters, accumulate, workers)
     recent: deque[float] = deque(maxlen=20)
+    bar = tqdm(range(start, steps), initial=start, total=steps, mininterval=5, disable=not first, file=Stderr())
     saved = last = time.monotonic()
     try:
-        with (folder / "log.jsonl").open("a", buffering=1) as log:  # line by line: a killed run keeps its log
-            for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
-                rate = learning_rate(step, steps, warmup)
-                groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-                for group, peak in zip(groups, peaks, strict=True):
-                    group["lr"] = rate * peak
-                batch = batch_of(step)
-                parts = list(zip(*(rows.chunk(threads) for rows in batch), strict=True))
-                shares = [len(part[0]) / len(batch[0]) for part in parts]
-                losses, grads = zip(*pool.map(gradients, shares, *zip(*parts, strict=True)), strict=True)
-                loss = sum(losses)
-                for parameter, *summands in zip(parameters, *grads, strict=True):
-                    parameter.grad = sum(summands[1:], summands[0])
-                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    raise FloatingPointError(
-                        f"step {step}: the loss is {loss}, the norm of its gradient {norm}. The weights are still those"
-                        f" before this step, {state_file} (if it is there) is older: mend the data or the loss, or"
-                        " lower the learning rate, and start again"
-                    )
-                list(pool.map(lambda optimizer: optimizer.step(), optimizers))
-                decay = min(ema_decay, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    values = net.state_dict()
-                    torch._foreach_lerp_([ema[k] for k in values], list(values.values()), 1 - decay)
+        with signals() as came:
+            for step in bar:
+                fraction = learning_rate(step, **rate)
+                loss, norm = run.take_step(batch_of(step), gradients, fraction)
 
                 now = time.monotonic()
-                seconds, last = seconds + now - last, now
-                row = dict(step=step + 1, loss=loss, lr=groups[0]["lr"], seconds=round(seconds))
-                log.write(json.dumps(row) + "\n")
+                run.seconds, last = run.seconds + now - last, now
+                lr = fraction * run.peaks[0]
+                line = dict(step=run.step, loss=loss, norm=norm, lr=lr, seconds=round(run.seconds))
+                log.write(line)
                 recent.append(loss)
-                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-                if stop:
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{lr:.1e}", refresh=False)
+                if on_step is not None and first:
+                    watch(on_step, line)
+                due = now - saved > 60 * save_minutes or (save_steps is not None and run.step % save_steps == 0)
+                asked, due_of_first = processes.total(len(came), due and first)
+                if asked:
                     break
-                if now - saved > 60 * save_minutes:
-                    save(step + 1)
+                if due_of_first and run.step < steps:
+                    run.save(config, keep)
                     saved = now
-        if start < steps:
-            save(step + 1)
-        if stop:
-            raise KeyboardInterrupt(f"stopped; the state is in {state_file}")
+            if start < run.step:
+                run.save(config, keep)
+            if processes.total(len(came))[0]:
+                raise KeyboardInterrupt(f"stopped after step {run.step} of {steps}; the last state is {run.path}")
     finally:
-        pool.shutdown()
-        torch.set_num_threads(threads)  # the pool's 1 would be that of every thread to come
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    net.load_state_dict(ema)
-    return net
+        gradients.close()
+        log.file.close()
+    run.finish()
+    return objective

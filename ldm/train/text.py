@@ -23,8 +23,11 @@ class Reader(nn.Module):
         self.text_encoder = text_encoder
         self.head = nn.Linear(text_encoder.config.width, values)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.text_encoder(ids).context.mean(dim=1))  # (B,values)
+    def forward(self, ids: Tensor, picture: Tensor) -> Tensor:
+        """The mean squared error of the prediction of `picture` (B,values)."""
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = self.head(self.text_encoder(ids).context.mean(dim=1))  # (B,values)
+        return F.mse_loss(out.float(), picture)
 
 
 def train_text(
@@ -47,10 +50,6 @@ def train_text(
         texts = [captions.draw_caption(meta[row], generator) for row in rows.tolist()]
         return tokenizer(texts), latents[rows].flatten(1)
 
-    def loss_of(ids: Tensor, picture: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            out = reader(ids)
-        return F.mse_loss(out.float(), picture)
-
     reader = Reader(text_encoder, latents[0].numel())
-    return train(reader, batch_of, loss_of, muon_and_adamw(reader, lr), folder, steps=steps).text_encoder
+    settings = dict(batch=batch, seed=seed)
+    return train(reader, batch_of, muon_and_adamw(reader, lr), folder, steps=steps, settings=settings).text_encoder

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ldm.train import data
 from ldm.train.loop import adamw, batch_indices, step_generator, train
@@ -18,15 +19,29 @@ from ldm.vae import VAE, VAEConfig
 CONFIG = VAEConfig(channels=(32, 64, 128), layers=1, groups=8, scaling_factor=1.0)  # the factor is measured afterwards
 
 
+class Objective(nn.Module):
+    """L1 + 2 MSE + 1e-4 KL per latent value."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            mean, std = self.vae.encode(image)
+            mean, std = mean.float(), std.float()
+            out = self.vae.decode(mean + std * noise).float()
+        kl = 0.5 * (mean**2 + std**2 - 1).mean() - std.log().mean()
+        return F.l1_loss(out, image) + 2 * F.mse_loss(out, image) + 1e-4 * kl
+
+
 def train_vae(file: Path, folder: Path, *, steps: int = 2000, batch: int = 32, lr: float = 2e-3, seed: int = 0) -> VAE:
-    """L1 + 2 MSE + 1e-4 KL per latent value. A third of the pictures stands on a coloured ground, the rest on white."""
+    """A third of the pictures stands on a coloured ground, the rest on white."""
     rgba, meta = data.load(file)
     rgba = rgba[[m["split"] == "train" for m in meta]]
     colours = list(data.BACKGROUNDS.values())
-    torch.manual_seed(seed)
-    vae = VAE(CONFIG)
 
-    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch_of(step: int) -> tuple[Tensor, Tensor]:
         generator = step_generator(seed, step)
         rows = rgba[batch_indices(len(rgba), batch, seed, step).numpy()]
         third = batch // 3
@@ -36,12 +51,8 @@ def train_vae(file: Path, folder: Path, *, steps: int = 2000, batch: int = 32, l
         side = image.shape[-1] // CONFIG.factor
         return image, torch.randn(batch, CONFIG.latent_channels, side, side, generator=generator)
 
-    def loss_of(image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            mean, std = vae.encode(image)
-            mean, std = mean.float(), std.float()
-            out = vae.decode(mean + std * noise).float()
-        kl = 0.5 * (mean**2 + std**2 - 1).mean() - std.log().mean()
-        return F.l1_loss(out, image) + 2 * F.mse_loss(out, image) + 1e-4 * kl
-
-    return train(vae, batch_of, loss_of, [adamw(list(vae.parameters()), lr)], folder, steps=steps)
+    torch.manual_seed(seed)
+    objective, settings = Objective(VAE(CONFIG)), dict(batch=batch, seed=seed)
+    return train(
+        objective, batch_of, [adamw([*objective.parameters()], lr)], folder, steps=steps, settings=settings
+    ).vae

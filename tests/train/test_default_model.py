@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from ldm import checkpoint, save
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import Tokenizer, byte_alphabet
-from ldm.train import captions, data, diffusion, emoji, evaluate, export, loop, text, vae
+from ldm.train import captions, data, diffusion, emoji, evaluate, export, loop, state, text, vae
 from ldm.unet import UNetConfig
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.vae import Gaussian
@@ -217,7 +217,7 @@ class TestTrainings:
         autoencoder = VAE(vae.CONFIG).requires_grad_(False)
         train = partial(diffusion.train_diffusion, file, autoencoder, steps=6, batch=BATCH)
         nets = train(tmp_path / "whole")
-        names = {"tokenizer", "text", "latents.pt", "state.pt", "log.jsonl"}
+        names = {"tokenizer", "text", "latents.pt", state.paths(tmp_path / "whole")[-1].name, "log.jsonl"}
         assert {f.name for f in (tmp_path / "whole").iterdir()} == names
         latents = torch.load(tmp_path / "whole" / "latents.pt", weights_only=True)
         assert latents["mean"].shape == latents["std"].shape == (2 * (PICTURES - 2), 4, 16, 16)
