@@ -41,12 +41,18 @@ DTYPES = (
 
 
 def convert(
-    source: str | Path, target: str | Path, dtype: torch.dtype | None = None, prediction_type: str | None = None
+    source: str | Path,
+    target: str | Path,
+    dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
+    nets: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write `source`, an official single file or a diffusers folder, to `target`: a name that ends in .safetensors is a
     single file, any other a folder. The nets' tensors alone: EMA copies and buffers are left out.
 
     dtype: of the weights, None keeps every tensor's own and its bits. prediction_type: as in `from_pretrained`.
+    nets: tensors of unet, vae, text_encoder or text_encoder_2 by our names, which take the place of the source's in
+    `dtype`, else in the dtype of the source's.
     A pickle becomes a safetensors file of all its tensors; it is read by `torch.load(weights_only=True)`, which runs no
     code of the file's. `target` must not exist, and is there as a whole or not at all. Raises CheckpointError for a
     source that is no model, FileExistsError.
@@ -72,6 +78,8 @@ def convert(
     plans = make_plans(model, opened.sources)
     check(plans, source)
     values = {part: plan.tensors(dtype) for part, plan in plans.items()}
+    for part, net in (nets or {}).items():
+        values[part] = {name: net[name].to("cpu", tensor.dtype) for name, tensor in values[part].items()}
     metadata = {} if source.is_dir() else opened.sources["unet"].metadata
     texts = texts_of(source, metadata)
     tokenizers = opened.tokenizers()

@@ -1,0 +1,252 @@
+"""DreamBooth (Ruiz et al. 2023), fine-tuning on a folder, and their LoRA kinds: from a model and pictures to a file.
+
+    dreambooth("sd15.safetensors", "my-dog", "a photo of sks dog", "sks.safetensors", class_prompt="a photo of a dog")
+    finetune("sd15.safetensors", "pictures-with-captions", "mine.safetensors", Training(steps=5000, rank=16))
+
+A folder beside the result, its name with `.run`, has the states, the log and what was computed beforehand: the same
+call goes on where it was stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from ldm.clip import TextEncoder
+from ldm.convert import convert
+from ldm.pipeline import DEFAULT_MODEL, Pipeline
+from ldm.train import processes
+from ldm.train.adapters import Adapters, add_lora, save_lora
+from ldm.train.loop import step_generator, train
+from ldm.train.objective import Diffusion, Objective, draw
+from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, cover, fingerprint, open_folder
+from ldm.unet import UNet
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained. The defaults are for five pictures of a subject.
+
+    steps: 800, at batch 1, which is where the paper (1,000 at 5e-6) and diffusers' example (400 to 800) leave a subject
+    known and its surroundings still free. learning_rate: None is 2e-6 for whole nets, 1e-4 for LoRA, as diffusers'
+    examples. schedule: "constant", so that a run may be made longer; "linear", "cosine"; warmup: steps. accumulate: the
+    batch in that many parts, one after the other, in less memory.
+    rank: of LoRA, None for whole nets (Hu et al. 2021; 4 is enough for a subject); alpha (None: rank), targets: as in
+    `ldm.train.adapters.add_lora`. text_encoder: train it, too: a better likeness, sooner overfitted.
+    resolution: None is the model's own. bucketed: other shapes than the square, for finetune. clip_skip: as in
+    `ldm.Settings`.
+    ema_decay: None, an average over 800 steps lags behind. autocast: bfloat16 where that is safe, weights stay float32.
+    checkpointing: a third more time, a fraction of the memory. objective: the loss, see `Objective`.
+    """
+
+    steps: int = 800
+    batch: int = 1
+    accumulate: int = 1
+    learning_rate: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    rank: int | None = None
+    alpha: float | None = None
+    targets: str | Sequence[str] = "attention"
+    text_encoder: bool = False
+    resolution: int | None = None
+    bucketed: bool = False
+    clip_skip: int = 1
+    ema_decay: float | None = None
+    autocast: bool = False
+    checkpointing: bool = False
+    seed: int = 0
+    objective: Objective = field(default_factory=Objective)
+
+
+def dreambooth(
+    model: str | Path | None,
+    instance_images: str | Path,
+    instance_prompt: str,
+    out: str | Path,
+    training: Training = Training(),
+    *,
+    class_prompt: str | None = None,
+    class_images: str | Path | None = None,
+    class_count: int = 200,
+    layout: str = "kohya",
+) -> None:
+    """Teach `model` (as in `Pipeline.from_pretrained`) the subject of some five pictures, under the instance prompt.
+
+    class_prompt: what it is one of. Then as many pictures of the class as of the subject are in each batch, so that the
+    class is not forgotten (prior preservation); the folder class_images is filled up to `class_count` with pictures
+    that the model makes of it, which are kept. Without it: the subject alone.
+    out: a name that ends in .safetensors is a single file, any other a diffusers folder; with `rank` a LoRA, in kohya's
+    or PEFT's `layout`. Raises ValueError for folders without pictures, FileExistsError where `out` is.
+    """
+    out = free(out)
+    pipe = Pipeline.from_pretrained(model)
+    side, multiple = training.resolution or pipe.size, smallest(pipe)
+    folders = [open_folder(instance_images, resolution=side, multiple=multiple, caption=instance_prompt)]
+    if class_prompt is not None:
+        if class_images is None:
+            class_images = run_folder(out) / "class"
+        with processes.first():
+            fill(pipe, Path(class_images), class_prompt, class_count, side)
+        folders.append(open_folder(class_images, resolution=side, multiple=multiple, caption=class_prompt))
+    fit(pipe, model, folders, out, training, layout)
+
+
+def finetune(
+    model: str | Path | None,
+    images: str | Path,
+    out: str | Path,
+    training: Training = Training(),
+    *,
+    caption: str | None = None,
+    layout: str = "kohya",
+) -> None:
+    """Train `model` on a folder of pictures and captions (`ldm.train.pictures.open_folder`). Else as `dreambooth`."""
+    out = free(out)
+    pipe = Pipeline.from_pretrained(model)
+    side, multiple = training.resolution or pipe.size, smallest(pipe)
+    folder = open_folder(images, resolution=side, multiple=multiple, caption=caption, bucketed=training.bucketed)
+    fit(pipe, model, [folder], out, training, layout)
+
+
+def free(out: str | Path) -> Path:
+    """The place of the result, if nothing is there."""
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: remove it, or give another name")
+    if not out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.resolve().parent} does not exist, make it first")
+    return out
+
+
+def run_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.run")
+
+
+def smallest(pipe: Pipeline) -> int:
+    """What sides are multiples of: the pixels of a latent times what the UNet halves."""
+    return pipe.vae.config.factor * 2 ** (len(pipe.unet.config.channels) - 1)
+
+
+def fill(pipe: Pipeline, folder: Path, prompt: str, count: int, side: int) -> None:
+    """Pictures of the prompt until there are `count`, by the seeds 0, 1, ... of their names; what is there is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sum(file.is_file() and not file.name.startswith(".") for file in folder.iterdir())
+    missing = [seed for seed in range(count) if not (folder / f"class-{seed:05}.png").exists()]
+    for start in range(0, max(0, count - present), 4):
+        seeds = missing[start : min(start + 4, count - present)]
+        made = pipe(prompt, seed=seeds, width=side, height=side, progress=False)
+        for seed, image in zip(seeds, made.images, strict=True):
+            image.save(folder / f".class-{seed:05}.png")
+            (folder / f".class-{seed:05}.png").rename(folder / f"class-{seed:05}.png")
+
+
+class Batches:
+    """batch(step) of one or two folders, subject and class: what `train` passes to `Diffusion`, and the files."""
+
+    def __init__(self, pipe: Pipeline, folders: Sequence[Folder], work: Path, training: Training):
+        self.pipe, self.folders, self.training = pipe, folders, training
+        with processes.first():
+            self.latents = [cache_latents(folder, pipe.vae, work / "latents") for folder in folders]
+            self.texts = [] if training.text_encoder else [self.encoded(captions(folder), work) for folder in folders]
+            self.empty = None if training.text_encoder else self.encoded([""], work)([0])
+
+    def encoded(self, texts: Sequence[str], work: Path) -> Cache:
+        key = " ".join(fingerprint(encoder) for _, encoder in self.pipe._encoders())
+
+        def encode(text: str) -> Any:
+            return self.pipe.encode_text([text], self.training.clip_skip, emphasis=None)
+
+        return cache_texts(texts, encode, f"{key} {self.training.clip_skip}", work / "texts")
+
+    def __call__(self, step: int) -> list[Any]:
+        how, pipe = self.training, self.pipe
+        generator = step_generator(how.seed, step)
+        rows = [folder.rows(step, how.batch, how.seed + i) for i, folder in enumerate(self.folders)]
+        found = [latents(own) for latents, own in zip(self.latents, rows, strict=True)]
+        mean, std = (pipe.vae.config.scaling_factor * torch.cat([f[name] for f in found]) for name in ("mean", "std"))
+        draws = draw(mean.shape, generator)
+        of_class = torch.arange(len(mean)) >= how.batch if len(self.folders) > 1 else None
+        noised = how.objective.rows(mean, std, draws, pipe.schedule, pipe.prediction_type, of_class)
+        pictures = [picture for folder, own in zip(self.folders, rows, strict=True) for picture in folder.at(own)]
+        return [*noised, *self.condition(rows, draws, pictures), [str(picture.file) for picture in pictures]]
+
+    def condition(self, rows: Sequence[Tensor], draws: Any, pictures: Sequence[Any]) -> list[Tensor]:
+        """ids of each text encoder, or context and SDXL's pooled; then SDXL's size conditioning."""
+        how, pipe, xl = self.training, self.pipe, self.pipe.unet.config.vector_width is not None
+        if how.text_encoder:
+            tokenizers = [tokenizer for tokenizer, _ in pipe._encoders()]
+            texts = [picture.caption for picture in pictures]
+            values = [how.objective.with_dropout(t(texts), t([""])[0], draws) for t in tokenizers]
+        else:
+            assert self.empty is not None
+            found = [texts(own) for texts, own in zip(self.texts, rows, strict=True)]
+            names = ["context", "pooled"] if xl else ["context"]
+            both = [(torch.cat([f[name] for f in found]), self.empty[name][0]) for name in names]
+            values = [how.objective.with_dropout(value, empty, draws) for value, empty in both]
+        return values + ([torch.tensor([size_numbers(picture) for picture in pictures])] if xl else [])
+
+
+def captions(folder: Folder) -> list[str]:
+    return [picture.caption for picture in folder.pictures]
+
+
+def size_numbers(picture: Any) -> list[float]:
+    """SDXL's: height and width of the original, top and left of the crop from the centre, height and width now."""
+    (width, height), (w, h) = picture.size, picture.target
+    covering = cover(picture.size, picture.target)
+    top, left = round((covering[1] - h) / 2), round((covering[0] - w) / 2)
+    return [float(n) for n in (height, width, top, left, h, w)]
+
+
+def fit(
+    pipe: Pipeline, model: str | Path | None, folders: Sequence[Folder], out: Path, training: Training, layout: str
+) -> None:
+    """Train, and write what was trained to `out`."""
+    work = run_folder(out)
+    if processes.rank() == 0:
+        print(*folders, sep="\n")
+    batches = Batches(pipe, folders, work, training)
+    encoders = {name: net for name in ("text_encoder", "text_encoder_2") if (net := getattr(pipe, name)) is not None}
+    trained: dict[str, UNet | TextEncoder] = {"unet": pipe.unet} | (encoders if training.text_encoder else {})
+    adapters: dict[str, Adapters] = {}
+    if training.rank is not None:
+        generator = torch.Generator().manual_seed(training.seed)
+        for name, net in trained.items():
+            adapters[name] = add_lora(net, training.rank, training.alpha, training.targets, generator)
+    else:
+        for net in trained.values():
+            net.requires_grad_(True)
+    objective = Diffusion(
+        pipe.unet,
+        list(encoders.values()) if training.text_encoder else (),
+        clip_skip=training.clip_skip,
+        autocast=training.autocast,
+        checkpointing=training.checkpointing,
+    )
+    objective.adapters = nn.ModuleDict(adapters)
+    rate = training.learning_rate or (2e-6 if training.rank is None else 1e-4)
+    optimizer = AdamW([p for p in objective.parameters() if p.requires_grad], rate, weight_decay=0.01, fused=True)
+    train(
+        objective,
+        batches,
+        [optimizer],
+        work,
+        steps=training.steps,
+        schedule=training.schedule,
+        warmup=training.warmup,
+        accumulate=training.accumulate,
+        workers=1,
+        ema_decay=training.ema_decay,
+        settings=asdict(training) | {"pictures": [[str(p.file) for p in folder.pictures] for folder in folders]},
+    )
+    if processes.rank() == 0:
+        if adapters:
+            save_lora(out, adapters, layout)  # type: ignore[arg-type]
+        else:
+            values = {name: net.state_dict() for name, net in trained.items()}
+            convert(DEFAULT_MODEL if model is None else model, out, nets=values)
