@@ -385,6 +385,11 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> None:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv[0] == "train":
+        from ldm.train.__main__ import main as train  # which needs the extra "train" for some of its verbs
+
+        train(argv[1:])
+        return
     if argv[0] not in {function.__name__.rstrip("_") for function in VERBS} | {"-h", "--help"}:
         argv = ["generate", *argv]
     a = parser().parse_args(argv)

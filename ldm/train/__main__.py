@@ -1,11 +1,16 @@
-"""Train the default model, emoji-64. `emoji` does all of it; the other verbs are its parts, in their order.
+"""Train: a subject, a word, a folder of pictures, or the default model from scratch.
 
-    python -m ldm.train emoji       everything below, two and a half hours on two cores; needs npm, the extra "train"
-    python -m ldm.train data        rebuild the pictures from their npm packages
-    python -m ldm.train vae         train the VAE
-    python -m ldm.train diffusion   train the UNet and the text encoder on the VAE's latents
-    python -m ldm.train export      write what has been learnt so far as a diffusers folder
-    python -m ldm.train evaluate    measure a model; draw its contact sheet and, where the logs are, the loss curves
+    ldm train dreambooth --instance-images DIR --instance-prompt "a photo of sks dog" --out dog.safetensors
+    ldm train finetune   --images DIR --out mine.safetensors             pictures with captions
+    ldm train embedding  --images DIR --word sks --out sks.safetensors   textual inversion
+    ldm train plot RUN ...                                               the loss and the rate of runs, as a picture
+
+    ldm train emoji      the default model, emoji-64: all of the following, in their order; needs npm, the extra "train"
+    ldm train data       rebuild the pictures from their npm packages
+    ldm train vae        train the VAE
+    ldm train diffusion  train the UNet and the text encoder on the VAE's latents
+    ldm train export     write what has been learnt so far as a diffusers folder
+    ldm train evaluate   measure a model; draw its contact sheet and, where the logs are, the loss curves
 
 A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was when the same command is given again.
 `torchrun --nproc-per-node 2 -m ldm.train ...` is the same command for two processes.
@@ -13,17 +18,20 @@ A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was whe
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from ldm.pipeline import Pipeline
 from ldm.train import processes, state
 from ldm.train.diffusion import Nets, train_diffusion
+from ldm.train.dreambooth import Training, dreambooth, embedding, finetune
 from ldm.train.emoji import build
 from ldm.train.evaluate import contact_sheet, evaluate, plot_loss, sheet_prompts
 from ldm.train.export import export
+from ldm.train.objective import Objective
 from ldm.train.vae import CONFIG, train_vae
 from ldm.vae import VAE
 
@@ -74,23 +82,143 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m ldm.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def trained(a: argparse.Namespace) -> Training:
+    own = {name: getattr(a, name) for name in HELP if hasattr(a, name)}
+    objective = Objective(**{f.name: own.pop(f.name) for f in fields(Objective) if f.name in own})
+    return Training(**own, objective=objective)
+
+
+def dreambooth_verb(a: argparse.Namespace) -> None:
+    dreambooth(
+        a.model,
+        a.instance_images,
+        a.instance_prompt,
+        a.out,
+        trained(a),
+        class_prompt=a.class_prompt,
+        class_images=a.class_images,
+        class_count=a.class_count,
+        layout=a.layout,
     )
-    parser.add_argument("verb", choices=["emoji", *PARTS])
-    parser.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
-    parser.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=7_000, help="of the diffusion, 64 pictures each")
-    a = parser.parse_args()
+
+
+def finetune_verb(a: argparse.Namespace) -> None:
+    finetune(a.model, a.images, a.out, trained(a), caption=a.caption, layout=a.layout)
+
+
+def embedding_verb(a: argparse.Namespace) -> None:
+    words = {"caption": a.caption, "vectors": a.vectors, "init_word": a.init_word}
+    embedding(a.model, a.images, a.word, a.out, trained(a), **words, layout=a.layout)
+
+
+def plot_verb(a: argparse.Namespace) -> None:
+    plot_loss({run.name: run / "log.jsonl" for run in a.run}, a.out)
+    print(a.out)
+
+
+# The options of `Training` and `Objective`, by their names.
+HELP = {
+    "steps": "of the training",
+    "batch": "pictures a step (of the class as many more)",
+    "accumulate": "in so many parts, one after the other",
+    "learning_rate": "default 2e-6 for whole nets, 1e-4 for LoRA, 5e-4 for a word",
+    "schedule": "of the rate: constant, linear, cosine",
+    "warmup": "steps in which the rate rises",
+    "rank": "train a LoRA of this rank",
+    "alpha": "of the LoRA (default: its rank)",
+    "targets": "its modules: attention, all-linear, conv",
+    "text_encoder": "train the text encoder, too",
+    "resolution": "side in pixels (default: the model's own)",
+    "bucketed": "keep the pictures' shapes, about (aspect-ratio buckets)",
+    "clip_skip": "as in generate",
+    "ema_decay": "save an average of the weights, 0.999",
+    "autocast": "bfloat16 where that is safe",
+    "checkpointing": "less memory, a third more time",
+    "seed": "of all random numbers",
+    "min_snr": "gamma of min-SNR weighting, 5",
+    "offset_noise": "0.1 for dark and bright pictures",
+    "input_noise": "perturb what the net is shown, 0.1",
+    "prior_weight": "of the class's pictures",
+    "caption_dropout": "share of captions that are left out",
+}
+
+
+def training_arguments(p: argparse.ArgumentParser, **defaults: Any) -> None:
+    p.add_argument("--model", help="as in generate (default: the model that ships with ldm)")
+    p.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a diffusers folder")
+    for option in (f for kind in (Training, Objective) for f in fields(kind) if f.name in HELP):
+        flag, text = f"--{option.name.replace('_', '-')}", HELP[option.name]
+        default = defaults.get(option.name, option.default)
+        if isinstance(default, bool):
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            continue
+        kinds = [kind for kind in (int, float, str) if kind in (option.type, *get_args(option.type))]
+        shown = "" if default is None else f" (default {default})"
+        p.add_argument(flag, type=kinds[0], default=default, metavar=flag[2].upper(), help=text + shown)
+
+
+def parser() -> argparse.ArgumentParser:
+    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    p = argparse.ArgumentParser(prog="ldm train", **about)  # type: ignore[arg-type]
+    verbs = p.add_subparsers(metavar="VERB", required=True, dest="verb")
+
+    one = verbs.add_parser("dreambooth", help="teach a model a subject from some five pictures of it")
+    one.add_argument("--instance-images", type=Path, required=True, metavar="DIR", help="some five pictures")
+    one.add_argument("--instance-prompt", required=True, metavar="TEXT", help='"a photo of sks dog"')
+    one.add_argument("--class-prompt", metavar="TEXT", help='"a photo of a dog": do not forget the others')
+    one.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of them; filled up by the model")
+    one.add_argument("--class-count", type=int, default=200, metavar="N", help="how many (default %(default)s)")
+    one.add_argument("--layout", choices=["kohya", "peft"], default="kohya", help="of a LoRA (default %(default)s)")
+    training_arguments(one)
+    one.set_defaults(function=dreambooth_verb)
+
+    many = verbs.add_parser("finetune", help="train a model on a folder of pictures with captions")
+    many.add_argument("--images", type=Path, required=True, metavar="DIR", help="with .txt files or metadata.jsonl")
+    many.add_argument("--caption", metavar="TEXT", help="of pictures without one")
+    many.add_argument("--layout", choices=["kohya", "peft"], default="kohya", help="of a LoRA (default %(default)s)")
+    training_arguments(many)
+    many.set_defaults(function=finetune_verb)
+
+    word = verbs.add_parser("embedding", help="find the vectors of a new word (textual inversion)")
+    word.add_argument("--images", type=Path, required=True, metavar="DIR", help="some five pictures")
+    word.add_argument("--word", required=True, help="that shall mean them")
+    word.add_argument("--caption", default="a photo of {word}", metavar="TEXT", help="default %(default)s")
+    word.add_argument("--vectors", type=int, default=1, metavar="N", help="tokens of the word (default %(default)s)")
+    word.add_argument("--init-word", metavar="WORD", help="a word that comes near")
+    word.add_argument("--layout", choices=["diffusers", "webui"], default="diffusers", help="default %(default)s")
+    training_arguments(word, steps=3000, text_encoder=True)
+    word.set_defaults(function=embedding_verb)
+
+    plot = verbs.add_parser("plot", help="draw the logs of runs")
+    plot.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folders with a log.jsonl")
+    plot.add_argument("--out", type=Path, default=Path("runs.png"), help="default %(default)s")
+    plot.set_defaults(function=plot_verb)
+
+    for verb in ["emoji", *PARTS]:
+        part = verbs.add_parser(verb)
+        part.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
+        part.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
+        part.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
+        part.add_argument("--steps", type=int, default=7_000, help="of the diffusion, 64 pictures each")
+        part.set_defaults(function=emoji_verb)
+    return p
+
+
+def emoji_verb(a: argparse.Namespace) -> None:
+    for verb in PARTS if a.verb == "emoji" else [a.verb]:
+        PARTS[verb](a)
+
+
+def main(argv: list[str] | None = None) -> None:
+    a = parser().parse_args(argv)
     try:
-        for verb in PARTS if a.verb == "emoji" else [a.verb]:
-            PARTS[verb](a)
+        a.function(a)
     except KeyboardInterrupt as stop:
         if processes.rank() == 0:
             print(stop, file=sys.stderr)
         sys.exit(130)
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"ldm train: error: {error}")
 
 
 if __name__ == "__main__":

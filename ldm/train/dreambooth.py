@@ -1,4 +1,5 @@
-"""DreamBooth (Ruiz et al. 2023), fine-tuning on a folder, and their LoRA kinds: from a model and pictures to a file.
+"""DreamBooth (Ruiz et al. 2023), fine-tuning on a folder, their LoRA kinds, textual inversion: from a model and
+pictures to a file.
 
     dreambooth("sd15.safetensors", "my-dog", "a photo of sks dog", "sks.safetensors", class_prompt="a photo of a dog")
     finetune("sd15.safetensors", "pictures-with-captions", "mine.safetensors", Training(steps=5000, rank=16))
@@ -7,8 +8,8 @@ A folder beside the result, its name with `.run`, has the states, the log and wh
 call goes on where it was stopped.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ldm.clip import TextEncoder
 from ldm.convert import convert
 from ldm.pipeline import DEFAULT_MODEL, Pipeline
 from ldm.train import processes
-from ldm.train.adapters import Adapters, add_lora, save_lora
+from ldm.train.adapters import add_lora, save_lora
+from ldm.train.embedding import Embedding, save_embedding
 from ldm.train.loop import step_generator, train
 from ldm.train.objective import Diffusion, Objective, draw
 from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, cover, fingerprint, open_folder
@@ -32,9 +34,9 @@ class Training:
     """How it is trained. The defaults are for five pictures of a subject.
 
     steps: 800, at batch 1, which is where the paper (1,000 at 5e-6) and diffusers' example (400 to 800) leave a subject
-    known and its surroundings still free. learning_rate: None is 2e-6 for whole nets, 1e-4 for LoRA, as diffusers'
-    examples. schedule: "constant", so that a run may be made longer; "linear", "cosine"; warmup: steps. accumulate: the
-    batch in that many parts, one after the other, in less memory.
+    known and its surroundings still free. learning_rate: None is 2e-6 for whole nets, 1e-4 for LoRA, 5e-4 for a word,
+    as in diffusers' examples. schedule: "constant", so that a run may be made longer; "linear", "cosine"; warmup: in
+    steps. accumulate: the batch in that many parts, one after the other, in less memory.
     rank: of LoRA, None for whole nets (Hu et al. 2021; 4 is enough for a subject); alpha (None: rank), targets: as in
     `ldm.train.adapters.add_lora`. text_encoder: train it, too: a better likeness, sooner overfitted.
     resolution: None is the model's own. bucketed: other shapes than the square, for finetune. clip_skip: as in
@@ -93,7 +95,7 @@ def dreambooth(
         with processes.first():
             fill(pipe, Path(class_images), class_prompt, class_count, side)
         folders.append(open_folder(class_images, resolution=side, multiple=multiple, caption=class_prompt))
-    fit(pipe, model, folders, out, training, layout)
+    fit(pipe, folders, out, training, *nets_or_lora(pipe, model, out, training, layout))
 
 
 def finetune(
@@ -110,7 +112,35 @@ def finetune(
     pipe = Pipeline.from_pretrained(model)
     side, multiple = training.resolution or pipe.size, smallest(pipe)
     folder = open_folder(images, resolution=side, multiple=multiple, caption=caption, bucketed=training.bucketed)
-    fit(pipe, model, [folder], out, training, layout)
+    fit(pipe, [folder], out, training, *nets_or_lora(pipe, model, out, training, layout))
+
+
+def embedding(
+    model: str | Path | None,
+    images: str | Path,
+    word: str,
+    out: str | Path,
+    training: Training = Training(steps=3000, text_encoder=True),
+    *,
+    caption: str = "a photo of {word}",
+    vectors: int = 1,
+    init_word: str | None = None,
+    layout: str = "diffusers",
+) -> None:
+    """Textual inversion (Gal et al. 2022, who take some 5,000 steps): find the vectors of a new word, nothing else.
+
+    caption: what the pictures are, with {word} in it, unless they have captions of their own. vectors, init_word: as in
+    `ldm.train.embedding.Embedding`; layout: as in `save_embedding`. Else as `dreambooth`; the text encoders are always
+    run, and never changed.
+    """
+    if "{word}" not in caption:
+        raise ValueError(f"caption={caption!r}: write {{word}} where the word stands, 'a photo of {{word}}'")
+    out, training = free(out), replace(training, text_encoder=True, rank=None)
+    pipe = Pipeline.from_pretrained(model)
+    side, multiple = training.resolution or pipe.size, smallest(pipe)
+    folder = open_folder(images, resolution=side, multiple=multiple, caption=caption.replace("{word}", word))
+    learnt = Embedding(word, pipe._encoders(), vectors, init_word)
+    fit(pipe, [folder], out, training, learnt, lambda: save_embedding(out, learnt, layout))  # type: ignore[arg-type]
 
 
 def free(out: str | Path) -> Path:
@@ -203,38 +233,57 @@ def size_numbers(picture: Any) -> list[float]:
     return [float(n) for n in (height, width, top, left, h, w)]
 
 
+def nets_or_lora(
+    pipe: Pipeline, model: str | Path | None, out: Path, training: Training, layout: str
+) -> tuple[nn.Module, Callable[[], None]]:
+    """What is trained, beside the objective's own nets, and how it is written to `out`."""
+    trained: dict[str, UNet | TextEncoder] = {"unet": pipe.unet}
+    if training.text_encoder:
+        trained |= {name: net for name in ENCODERS if (net := getattr(pipe, name)) is not None}
+    if training.rank is None:
+        for net in trained.values():
+            net.requires_grad_(True)
+
+        def save() -> None:
+            values = {name: net.state_dict() for name, net in trained.items()}
+            convert(DEFAULT_MODEL if model is None else model, out, nets=values)
+
+        return nn.Module(), save
+    generator = torch.Generator().manual_seed(training.seed)
+    adapters = {
+        name: add_lora(net, training.rank, training.alpha, training.targets, generator) for name, net in trained.items()
+    }
+    return nn.ModuleDict(adapters), lambda: save_lora(out, adapters, layout)  # type: ignore[arg-type]
+
+
 def fit(
-    pipe: Pipeline, model: str | Path | None, folders: Sequence[Folder], out: Path, training: Training, layout: str
+    pipe: Pipeline,
+    folders: Sequence[Folder],
+    out: Path,
+    training: Training,
+    beside: nn.Module,
+    save: Callable[[], None],
 ) -> None:
-    """Train, and write what was trained to `out`."""
+    """Train what requires gradients, in the pipeline's nets and `beside` them, and save it."""
     work = run_folder(out)
     if processes.rank() == 0:
         print(*folders, sep="\n")
-    batches = Batches(pipe, folders, work, training)
-    encoders = {name: net for name in ("text_encoder", "text_encoder_2") if (net := getattr(pipe, name)) is not None}
-    trained: dict[str, UNet | TextEncoder] = {"unet": pipe.unet} | (encoders if training.text_encoder else {})
-    adapters: dict[str, Adapters] = {}
-    if training.rank is not None:
-        generator = torch.Generator().manual_seed(training.seed)
-        for name, net in trained.items():
-            adapters[name] = add_lora(net, training.rank, training.alpha, training.targets, generator)
-    else:
-        for net in trained.values():
-            net.requires_grad_(True)
     objective = Diffusion(
         pipe.unet,
-        list(encoders.values()) if training.text_encoder else (),
+        [encoder for _, encoder in pipe._encoders()] if training.text_encoder else (),
         clip_skip=training.clip_skip,
         autocast=training.autocast,
         checkpointing=training.checkpointing,
     )
-    objective.adapters = nn.ModuleDict(adapters)
-    rate = training.learning_rate or (2e-6 if training.rank is None else 1e-4)
-    optimizer = AdamW([p for p in objective.parameters() if p.requires_grad], rate, weight_decay=0.01, fused=True)
+    objective.beside = beside
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    rate = training.learning_rate
+    if rate is None:
+        rate = RATES[type(beside)]
     train(
         objective,
-        batches,
-        [optimizer],
+        Batches(pipe, folders, work, training),
+        [AdamW(parameters, rate, weight_decay=0.01, fused=True)],
         work,
         steps=training.steps,
         schedule=training.schedule,
@@ -245,8 +294,8 @@ def fit(
         settings=asdict(training) | {"pictures": [[str(p.file) for p in folder.pictures] for folder in folders]},
     )
     if processes.rank() == 0:
-        if adapters:
-            save_lora(out, adapters, layout)  # type: ignore[arg-type]
-        else:
-            values = {name: net.state_dict() for name, net in trained.items()}
-            convert(DEFAULT_MODEL if model is None else model, out, nets=values)
+        save()
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+RATES = {nn.Module: 2e-6, nn.ModuleDict: 1e-4, Embedding: 5e-4}  # of whole nets, LoRA, a word's vectors
