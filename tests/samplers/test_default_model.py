@@ -6,6 +6,7 @@ pytest -m full tests/samplers/test_default_model.py
 
 import inspect
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 import ldm
 from ldm.samplers import (
     PREDICTION_TYPES,
+    Schedule,
     dpm_2,
     dpm_2_ancestral,
+    dpm_adaptive,
     dpmpp_2m,
     dpmpp_2m_sde,
     dpmpp_2s_ancestral,
@@ -26,6 +29,7 @@ from ldm.samplers import (
     euler_ancestral,
     heun,
     lms,
+    net_denoiser,
 )
 
 MODULES = (test_parity, test_classic, test_dpmpp, test_others)
@@ -102,8 +106,28 @@ def test_default_model(case, steps, monkeypatch):
     comparison(**{name: value for name, value in given.items() if name in names})
 
 
+@pytest.mark.parametrize(("steps", "n", "k"), [(3, 0, 0), pytest.param(25, 9, 1, marks=pytest.mark.full)])
+def test_restart(steps, n, k, monkeypatch):
+    monkeypatch.setattr(test_classic, "MixtureNet", ModelNet)
+    test_classic.test_restart_webui("epsilon", steps, n, k)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 2, "rtol": 0.2}])
+def test_adaptive(options):
+    """Both ask the same denoiser: small differences choose the steps, and timesteps in float32 would move them."""
+    denoise = net_denoiser(ModelNet("epsilon"), test_parity.CONTEXT, Schedule(), log=True)
+    x, sigmas, theirs = test_parity.draw(1)[0][:1] * 3, torch.tensor([3.0, 0.3], dtype=torch.float64), []
+    with reference.float64():
+        last = reference.k_sampling.sample_dpm_adaptive(
+            lambda x, sigma: denoise(x, sigma[0]).x0, x, 0.3, 3.0, callback=theirs.append, disable=True, **options
+        )
+    taken = [b["x"] for a, b in pairwise([{"n_accept": 0}, *theirs]) if b["n_accept"] > a["n_accept"]]
+    test_parity.assert_equal([step.x for step in dpm_adaptive(denoise, x, sigmas, None, **options)], taken)
+    assert torch.equal(taken[-1], last) and len(taken) > 2
+
+
 def test_every_reference_has_its_case():
-    """All of k-diffusion's functions that the library has; dpm_adaptive has a comparison of its own."""
+    """All of k-diffusion's functions that the library has; dpm_adaptive has the one above."""
     names = {name.removeprefix("sample_") for name in dir(reference.k_sampling) if name.startswith("sample_")}
     ours = names & set(ldm.SAMPLERS) - {"dpm_adaptive"}
     assert ours == {case.split(",")[0].split(" ")[0] for case in CASES if case.endswith("k-diffusion")}
