@@ -3,11 +3,9 @@
 import difflib
 import inspect
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.guidance import GIVEN, GUIDANCES, Guidance, accepted, asked, cfg, name_of
+from ldm.functions import check_guidance, check_options, check_sampler, check_sigmas
+from ldm.guidance import GUIDANCES, Guidance, cfg, name_of
 from ldm.image import upright_size
 from ldm.img2img import CANVAS_FILLS, STRENGTH_RULES
-from ldm.samplers import ALIASES, SAMPLERS, SPACED, SPACINGS, Sampler
-from ldm.samplers.step import checked
+from ldm.samplers import ALIASES, SAMPLERS, SPACED, Sampler
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -72,25 +70,6 @@ def check_names(given: Iterable[str]) -> None:
             close = [PEERS[name]] if name in PEERS else difflib.get_close_matches(name, names, 1)
             meant = f"did you mean {close[0]}=? " if close else ""
             raise TypeError(f"{name}= is no setting: {meant}There are {', '.join(names)}")
-
-
-def check_options(given: Mapping[str, Any], known: list[str] | None, whose: str) -> None:
-    """Raises ValueError for an option that is not among those that are known; None: any is."""
-    for name, value in given.items():
-        if known is not None and name not in known:
-            has = f"it has {', '.join(known)}" if known else "it has no options"
-            raise ValueError(f"{name}={value}: {whose} has no {name}; {has}")
-
-
-def check_values(given: Mapping[str, Any], function: Callable, whose: str) -> None:
-    """Raises ValueError for the value of an option that is of another kind than its default: numbers, whole or not."""
-    parameters = inspect.signature(function).parameters
-    for name, value in given.items():
-        default = parameters[name].default if name in parameters else None
-        if isinstance(default, float) and not (isinstance(value, Real) and not math.isnan(value)):
-            raise ValueError(f"{name}={value!r}: {whose} takes a number, {default} unless given")
-        if type(default) is int and not is_whole(value, -sys.maxsize):
-            raise ValueError(f"{name}={value!r}: {whose} takes a whole number, {default} unless given")
 
 
 def check_mask(mask: tuple[int, int], picture: tuple[int, int]) -> None:
@@ -274,33 +253,8 @@ class Settings:
             name, spacing = SPACED[self.sampler]
             object.__setattr__(self, "sampler", name)
             object.__setattr__(self, "sigmas", spacing if self.sigmas is None else self.sigmas)
-        if hasattr(self.sampler, "set_timesteps"):
-            raise ValueError(
-                f"sampler is a scheduler of diffusers ({type(self.sampler).__name__}): give"
-                " from_diffusers(scheduler), of ldm.samplers.adapters"
-            )
-        try:
-            names = list(inspect.signature(self.sampler).parameters) if callable(self.sampler) else []
-        except ValueError as error:  # of some builtins
-            raise ValueError(f"sampler {self.sampler_name!r}: {error}; give a generator function") from error
-        if names[:2] == ["model", "x"]:
-            raise ValueError(
-                f"sampler {self.sampler_name!r} is a function (model, x, sigmas, ...) of k-diffusion: give"
-                " from_k_diffusion(function), of ldm.samplers.adapters"
-            )
-        if not callable(self.sampler) and self.sampler_name not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}: use {', '.join(SAMPLERS)}, or pass a function")
-        if isinstance(self.sigmas, str) and self.sigmas not in SPACINGS:
-            raise ValueError(f"unknown spacing sigmas={self.sigmas!r}: use {', '.join(SPACINGS)}, or pass a tensor")
-        if not isinstance(self.sigmas, (str, Tensor, NoneType)):
-            raise ValueError(f"sigmas is a {type(self.sigmas).__name__}: give a spacing by name, or a tensor (n+1,)")
-        if isinstance(self.sigmas, Tensor):
-            s = self.sigmas
-            if s.is_complex() or s.dtype == torch.bool or s.shape == (1,):
-                raise ValueError(
-                    f"sigmas {tuple(s.shape)} of {s.dtype}: give numbers (steps + 1,) that fall, 2 or more"
-                )
-            checked(s, falling=True)
+        check_sampler(self)
+        check_sigmas(self)
         for name in ("image", "mask"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Image.Image):
@@ -345,58 +299,8 @@ class Settings:
             raise ValueError(f"subseed_strength={self.subseed_strength} without a subseed: give subseed= as well")
         if self.noise is not None and (self.subseed_strength or self.seed_resize_from is not None):
             raise ValueError("noise takes the place of what subseed_strength and seed_resize_from vary: leave it out")
-        for kind in ("sampler", "guidance"):
-            given = getattr(self, f"{kind}_options")
-            if not isinstance(given, (Mapping, NoneType)):
-                raise ValueError(f"{kind}_options={given!r}: give a dictionary of the {kind}'s arguments")
-        if self.eta is not None and "eta" in (self.sampler_options or {}):
-            raise ValueError("eta and sampler_options['eta'] say the same: give one of them")
-        self._check_sampler()
-        self._check_guidance()
-
-    def _check_sampler(self) -> None:
-        """Raises ValueError for a sampler that cannot be called, and options that it lacks or cannot have."""
-        whose = f"the sampler {self.sampler_name!r}"
-        check_options(self.options, self.accepted_options, whose)
-        check_values(self.options, self.sampler_function, whose)
-        try:
-            inspect.signature(self.sampler_function).bind(None, None, None, None, **self.options)
-        except TypeError as error:
-            raise ValueError(
-                f"{whose} with the options {self.options}: {error}; it is called with denoise, x, sigmas, noise, and"
-                " the options by their names"
-            ) from error
-        if not 0 <= self.options.get("eta", 0) <= 1:
-            raise ValueError(f"eta={self.options['eta']}: give a number from 0 (DDIM) to 1 (DDPM)")
-        cfg_pp = [self.sampler_name == "euler_cfg_pp", self.guidance_name == "cfg_pp"]
-        if all(cfg_pp):
-            raise ValueError("guidance 'cfg_pp' with the sampler 'euler_cfg_pp': they do the same, give one of them")
-        if any(cfg_pp) and not 0 <= self.guidance_scale <= 1:
-            raise ValueError(f"guidance_scale={self.guidance_scale}: that of CFG++ goes from 0 to 1, 0.6 is usual")
-
-    def _check_guidance(self) -> None:
-        """Raises ValueError for a guidance that cannot be called, options that it lacks, and no interval."""
-        if not callable(self.guidance) and self.guidance_name not in GUIDANCES:
-            raise ValueError(
-                f"unknown guidance {self.guidance!r}: use {', '.join(GUIDANCES)}, or pass a function of (eps_cond,"
-                " eps_uncond, sigma)"
-            )
-        function, options = self.guidance_function, dict(self.guidance_options or {})
-        check_options(options, accepted(function), f"the guidance {self.guidance_name!r}")
-        check_values(options, function, f"the guidance {self.guidance_name!r}")
-        try:
-            inspect.signature(function).bind(None, None, None, **dict.fromkeys(asked(function)), **options)
-        except TypeError as error:
-            raise ValueError(
-                f"guidance {self.guidance_name!r} with guidance_options={options}: {error}; it is called with eps_cond,"
-                f" eps_uncond and sigma, by name with what it asks for of {', '.join(GIVEN)}, and with the options"
-            ) from error
-        if self.guidance_interval is not None:
-            pair = self.guidance_interval
-            two = isinstance(pair, (list, tuple)) and len(pair) == 2
-            numbers = two and all(isinstance(n, Real) and not isinstance(n, bool) for n in pair)
-            if not numbers or not 0 <= pair[0] < pair[1]:
-                raise ValueError(f"guidance_interval={pair!r}: give two sigmas (low, high) with 0 <= low < high")
+        check_options(self)
+        check_guidance(self)
 
     def _check_edits(self) -> None:
         """Raises ValueError for edits that lack what they edit, or that cannot be one call together."""

@@ -129,12 +129,20 @@ def last(steps):
     return step
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral"])
-def test_gradients_flow_through_the_pipeline(pipe, sampler):
-    """Along the gradient, against the difference of two runs."""
+APG = {"guidance": "apg", "guidance_options": {"momentum": -0.5}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*({"sampler": name, "guidance_scale": 3.0} for name in ("euler", "dpmpp_2m", "heun", "euler_ancestral")), APG],
+    ids=lambda settings: settings.get("sampler", "apg"),
+)
+def test_gradients_flow_through_the_pipeline(pipe, settings):
+    """Along the gradient, against the difference of two runs. APG averages its updates: were its steps computed anew
+    on the way back, they would be averaged twice."""
     generator = torch.Generator().manual_seed(7)
     noise, weight = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
-    how = {"steps": 4, "sampler": sampler, "guidance_scale": 3.0, "width": 32, "height": 32}
+    how = {"steps": 4, "width": 32, "height": 32} | settings
 
     def loss(noise: Tensor, grad: bool) -> Tensor:
         return (last(pipe.stream(HEART, noise=noise, grad=grad, **how)).x * weight).sum()
@@ -144,7 +152,7 @@ def test_gradients_flow_through_the_pipeline(pipe, sampler):
     with torch.no_grad():
         h, direction = 0.01, gradient / gradient.norm()
         difference = float(loss(noise + h * direction, False) - loss(noise - h * direction, False)) / (2 * h)
-    assert float((gradient * direction).sum()) == pytest.approx(difference, rel=2e-3)
+    assert float(gradient.norm()) == pytest.approx(difference, rel=2e-3)
 
 
 def test_without_asking_there_is_no_graph(pipe):
@@ -188,20 +196,3 @@ def test_nan_is_named_by_its_step(pipe):
 
     with pytest.raises(FloatingPointError, match=r"step \d.* sigma=[0-4]\.\d"):
         pipe(HEART, sampler=poisoned, steps=6, progress=False)
-
-
-def test_gradients_under_a_guidance_that_remembers(pipe):
-    """APG's average of updates: were its steps computed anew on the way back, they would be averaged twice."""
-    generator = torch.Generator().manual_seed(7)
-    noise, weight = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
-    how = {"steps": 4, "width": 32, "height": 32, "guidance": "apg", "guidance_options": {"momentum": -0.5}}
-
-    def loss(noise: Tensor, grad: bool) -> Tensor:
-        return (last(pipe.stream(HEART, noise=noise, grad=grad, **how)).x * weight).sum()
-
-    noise.requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(noise, grad=True), noise)
-    with torch.no_grad():
-        h, direction = 0.01, gradient / gradient.norm()
-        difference = float(loss(noise + h * direction, False) - loss(noise - h * direction, False)) / (2 * h)
-    assert float(gradient.norm()) == pytest.approx(difference, rel=2e-3)
