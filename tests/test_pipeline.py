@@ -551,3 +551,14 @@ def test_no_default_model(monkeypatch, tmp_path):
     monkeypatch.setattr("ldm.pipeline.DEFAULT_MODEL", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="part of a checkout of ldm"):
         ldm.Pipeline.from_pretrained()
+
+
+@pytest.mark.parametrize(("sigmas", "log"), [("linspace", False), ("karras", True), ("exponential", True)])
+def test_the_timesteps_are_read_off_sigma_or_its_logarithm(pipe, sigmas, log):
+    """As diffusers: linearly where the sigmas are those of timesteps, off the logarithm where they are spaced freely."""
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda net, inputs: seen.append(float(inputs[1].flatten()[0])))
+    pipe("", steps=6, sigmas=sigmas, progress=False)
+    hook.remove()
+    expected = pipe.schedule.t(pipe.schedule.sigmas(6, sigmas)[:-1], log)
+    assert seen == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)

@@ -29,9 +29,10 @@ from ldm.train import processes, state
 from ldm.train.diffusion import Nets, train_diffusion
 from ldm.train.dreambooth import Training, dreambooth, embedding, finetune
 from ldm.train.emoji import build
-from ldm.train.evaluate import contact_sheet, evaluate, plot_loss, sheet_prompts
+from ldm.train.evaluate import contact_sheet, evaluate, sheet_prompts
 from ldm.train.export import export
 from ldm.train.objective import Objective
+from ldm.train.plot import plot
 from ldm.train.vae import CONFIG, train_vae
 from ldm.vae import VAE
 
@@ -68,9 +69,9 @@ def evaluate_verb(a: argparse.Namespace) -> None:
         return
     evaluate(a.model, a.data)
     contact_sheet(Pipeline.from_pretrained(a.model), sheet_prompts(a.data), a.model.parent / "sheet.png")
-    logs = {name: a.runs / name / "log.jsonl" for name in ("vae", "diffusion")}
-    if all(log.exists() for log in logs.values()):
-        plot_loss(logs, a.model.parent / "loss.png")
+    runs = {name: a.runs / name for name in ("vae", "diffusion")}
+    if all((run / "log.jsonl").exists() for run in runs.values()):
+        plot(runs, a.model.parent / "loss.png")
 
 
 PARTS = {
@@ -85,7 +86,7 @@ PARTS = {
 def trained(a: argparse.Namespace) -> Training:
     own = {name: getattr(a, name) for name in HELP if hasattr(a, name)}
     objective = Objective(**{f.name: own.pop(f.name) for f in fields(Objective) if f.name in own})
-    return Training(**own, objective=objective)
+    return Training(**own, sample_prompts=tuple(a.sample_prompts), objective=objective)
 
 
 def dreambooth_verb(a: argparse.Namespace) -> None:
@@ -112,7 +113,7 @@ def embedding_verb(a: argparse.Namespace) -> None:
 
 
 def plot_verb(a: argparse.Namespace) -> None:
-    plot_loss({run.name: run / "log.jsonl" for run in a.run}, a.out)
+    plot({run.name: run for run in a.run}, a.out)
     print(a.out)
 
 
@@ -135,6 +136,8 @@ HELP = {
     "autocast": "bfloat16 where that is safe",
     "checkpointing": "less memory, a third more time",
     "seed": "of all random numbers",
+    "sample_every": "draw --sample-prompt every so many steps",
+    "tensorboard": "write its curves, too (pip install tensorboard)",
     "min_snr": "gamma of min-SNR weighting, 5",
     "offset_noise": "0.1 for dark and bright pictures",
     "input_noise": "perturb what the net is shown, 0.1",
@@ -146,6 +149,7 @@ HELP = {
 def training_arguments(p: argparse.ArgumentParser, **defaults: Any) -> None:
     p.add_argument("--model", help="as in generate (default: the model that ships with ldm)")
     p.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a diffusers folder")
+    p.add_argument("--sample-prompt", dest="sample_prompts", nargs="+", default=(), metavar="TEXT", help="to draw")
     for option in (f for kind in (Training, Objective) for f in fields(kind) if f.name in HELP):
         flag, text = f"--{option.name.replace('_', '-')}", HELP[option.name]
         default = defaults.get(option.name, option.default)
@@ -189,10 +193,10 @@ def parser() -> argparse.ArgumentParser:
     training_arguments(word, steps=3000, text_encoder=True)
     word.set_defaults(function=embedding_verb)
 
-    plot = verbs.add_parser("plot", help="draw the logs of runs")
-    plot.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folders with a log.jsonl")
-    plot.add_argument("--out", type=Path, default=Path("runs.png"), help="default %(default)s")
-    plot.set_defaults(function=plot_verb)
+    curves = verbs.add_parser("plot", help="draw the logs and the newest samples of runs")
+    curves.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folders with a log.jsonl")
+    curves.add_argument("--out", type=Path, default=Path("runs.png"), help="default %(default)s")
+    curves.set_defaults(function=plot_verb)
 
     for verb in ["emoji", *PARTS]:
         part = verbs.add_parser(verb)

@@ -26,6 +26,7 @@ from ldm.train.embedding import Embedding, save_embedding
 from ldm.train.loop import step_generator, train
 from ldm.train.objective import Diffusion, Objective, draw
 from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, cover, fingerprint, open_folder
+from ldm.train.watch import both, grids, tensorboard
 from ldm.unet import UNet
 
 
@@ -43,6 +44,7 @@ class Training:
     `ldm.Settings`.
     ema_decay: None, an average over 800 steps lags behind. autocast: bfloat16 where that is safe, weights stay float32.
     checkpointing: a third more time, a fraction of the memory. objective: the loss, see `Objective`.
+    sample_prompts: drawn every `sample_every` steps into a grid in the run's folder. tensorboard: curves, too.
     """
 
     steps: int = 800
@@ -62,6 +64,9 @@ class Training:
     autocast: bool = False
     checkpointing: bool = False
     seed: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    sample_every: int = 100
+    tensorboard: bool = False
     objective: Objective = field(default_factory=Objective)
 
 
@@ -276,6 +281,12 @@ def fit(
         checkpointing=training.checkpointing,
     )
     objective.beside = beside
+    watches = [tensorboard(work / "tensorboard")] if training.tensorboard else []
+    if training.sample_prompts:
+        side = training.resolution or pipe.size
+        watches.append(grids(pipe, training.sample_prompts, training.sample_every, work / "samples", side))
+    settings = {name: value for name, value in asdict(training).items() if name not in FREE}
+    settings["pictures"] = [[str(picture.file) for picture in folder.pictures] for folder in folders]
     parameters = [p for p in objective.parameters() if p.requires_grad]
     rate = training.learning_rate
     if rate is None:
@@ -291,11 +302,14 @@ def fit(
         accumulate=training.accumulate,
         workers=1,
         ema_decay=training.ema_decay,
-        settings=asdict(training) | {"pictures": [[str(p.file) for p in folder.pictures] for folder in folders]},
+        settings=settings,
+        on_step=both(watches),
     )
     if processes.rank() == 0:
         save()
 
 
 ENCODERS = ("text_encoder", "text_encoder_2")
+# What may be another when a run goes on: the loop has its own rule for the rates.
+FREE = ("steps", "schedule", "warmup", "sample_prompts", "sample_every", "tensorboard")
 RATES = {nn.Module: 2e-6, nn.ModuleDict: 1e-4, Embedding: 5e-4}  # of whole nets, LoRA, a word's vectors

@@ -12,7 +12,6 @@ picture in the right style. The VAE is measured on all splits that were held out
 """
 
 import hashlib
-import json
 import textwrap
 from pathlib import Path
 
@@ -159,21 +158,3 @@ def contact_sheet(pipe: Pipeline, prompts: list[str], file: Path) -> None:
             (x + side // 2, y + side), "\n".join(lines), "black", font, "ma", spacing=1, align="center"
         )
     save(sheet, file, "\n".join(prompts), force=True)
-
-
-def plot_loss(logs: dict[str, Path], file: Path) -> None:
-    """A PNG with one panel for each {title: log.jsonl}: the loss over the steps, the mean of each 20.
-
-    Needs matplotlib (extra `train`).
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(logs), 3.5), layout="constrained")
-    for axes, (title, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        twenties, which = np.unique([(row["step"] - 1) // 20 for row in rows], return_inverse=True)
-        means = np.bincount(which, [row["loss"] for row in rows]) / np.bincount(which)
-        axes.plot(20 * (twenties + 1), means, linewidth=0.8)
-        axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    figure.savefig(file, dpi=120)

@@ -16,6 +16,7 @@ from PIL import Image
 from ldm.train import data, emoji, evaluate
 from ldm.train.captions import caption
 from ldm.train.judge import Judge, squared_distances, thumbnails
+from ldm.train.plot import plot
 from ldm.vae.vae import Gaussian
 
 STYLES = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
@@ -222,9 +223,10 @@ class TestEvaluate:
     def test_plot_loss(self, tmp_path):
         lines = [json.dumps({"step": k, "loss": 1 / k, "lr": 1e-3, "seconds": k}) for k in (20, 40, 60)]
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
-        logs = dict.fromkeys(("VAE", "diffusion"), tmp_path / "log.jsonl")
-        evaluate.plot_loss(logs, tmp_path / "loss.png")
-        assert Image.open(tmp_path / "loss.png").size == (1200, 420)
+        plot(dict.fromkeys(("VAE", "diffusion"), tmp_path), tmp_path / "loss.png")
+        assert Image.open(tmp_path / "loss.png").size == (1200, 600)
+        with pytest.raises(FileNotFoundError, match=r"has no log\.jsonl: give the folder of a run"):
+            plot({"none": tmp_path / "none"}, tmp_path / "loss.png")
 
 
 def sha256(content):

@@ -22,6 +22,7 @@ from ldm import checkpoint, save
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import Tokenizer, byte_alphabet
 from ldm.train import captions, data, diffusion, emoji, evaluate, export, loop, state, text, vae
+from ldm.train.plot import plot
 from ldm.unet import UNetConfig
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.vae import Gaussian
@@ -402,9 +403,9 @@ class TestEvaluate:
     def test_loss_curve_is_the_mean_of_each_20(self, tmp_path, monkeypatch):
         from matplotlib.axes import Axes
 
-        rows = [{"step": k, "loss": float(k)} for k in range(1, 51)]
+        rows = [{"step": k, "loss": float(k), "lr": 1e-3} for k in range(1, 51)]
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         drawn = []
         monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: drawn.append((list(x), list(y))))
-        evaluate.plot_loss({"VAE": tmp_path / "log.jsonl"}, tmp_path / "loss.png")
-        assert drawn == [([20, 40, 60], [10.5, 30.5, 45.5])]
+        plot({"VAE": tmp_path}, tmp_path / "loss.png")
+        assert drawn == [([20, 40, 60], [10.5, 30.5, 45.5]), (list(range(1, 51)), [1e-3] * 50)]

@@ -11,6 +11,7 @@ import torch
 from family import SD1, SD2_V, XL, assert_close, ours, reference, saved, theirs
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldm
 from ldm.train.__main__ import main, parser, trained
@@ -175,6 +176,23 @@ def test_command_line(models, pictures, tmp_path, capsys):
     assert Image.open(tmp_path / "loss.png").size[0] > 100
     with pytest.raises(SystemExit, match=r"ldm train: error: .*remove it, or give another name"):
         main(["dreambooth", "--instance-images", str(pictures), "--instance-prompt", "a cat", *common.split()])
+
+
+def test_what_is_seen_of_it(models, pictures, tmp_path):
+    """Grids of the prompts, a row each, and TensorBoard's events; what is seen changes nothing that is learnt."""
+    watched = replace(FAST, sample_prompts=("a cat", "the red"), sample_every=2, tensorboard=True)
+    for name, how in (("plain", FAST), ("watched", watched)):
+        dreambooth(models["SD 1"], pictures, "a cat", tmp_path / f"{name}.safetensors", how)
+    run = tmp_path / "watched.safetensors.run"
+    assert [file.name for file in (run / "samples").iterdir()] == ["step-0000002.png"]
+    assert Image.open(run / "samples" / "step-0000002.png").size == (4 * 32, 2 * 32)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "watched"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    main(["plot", str(run), "--out", str(tmp_path / "run.png")])
+    assert Image.open(tmp_path / "run.png").size[1] > 900  # with the grid below
 
 
 def test_every_option_has_its_flag():

@@ -1,0 +1,50 @@
+"""What a run looks like: curves of its log, and the newest of its sample grids."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def plot(runs: Mapping[str, Path], file: Path) -> None:
+    """A PNG with a column for each {title: folder of a run}: its loss, the mean of each 20 steps; the rate; and its
+    newest grid, if it has one. Needs matplotlib (extra `train`). Raises FileNotFoundError for a folder without a log.
+    """
+    from matplotlib.figure import Figure
+
+    logs = {title: read_log(folder) for title, folder in runs.items()}
+    grids = {title: newest_grid(folder) for title, folder in runs.items()}
+    heights = [3.5, 1.5, *([4.0] if any(grids.values()) else [])]
+    figure = Figure(figsize=(5 * len(runs), sum(heights)), layout="constrained")
+    rows = figure.subplots(len(heights), len(runs), squeeze=False, height_ratios=heights)
+    for (title, log), (loss, rate, *below) in zip(logs.items(), rows.T, strict=True):
+        twenties, which = np.unique((log["step"] - 1) // 20, return_inverse=True)
+        loss.plot(20 * (twenties + 1), np.bincount(which, log["loss"]) / np.bincount(which), linewidth=0.8)
+        loss.set(title=title, ylabel="loss", yscale="log")
+        rate.plot(log["step"], log["lr"], linewidth=0.8)
+        rate.set(xlabel="step", ylabel="rate")
+        for axes in (loss, rate):
+            axes.grid(alpha=0.3, which="both")
+        for axes in below:
+            axes.axis("off")
+            if grid := grids[title]:
+                axes.imshow(np.asarray(Image.open(grid).convert("RGB")))
+                axes.set_title(grid.stem)
+    figure.savefig(file, dpi=120)
+
+
+def read_log(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of a run's log.jsonl."""
+    log = folder / "log.jsonl"
+    if not log.exists():
+        raise FileNotFoundError(f"{folder} has no log.jsonl: give the folder of a run, the result's name with .run")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{log} is empty: no step has been taken yet")
+    return {name: np.array([line[name] for line in lines]) for name in ("step", "loss", "lr")}
+
+
+def newest_grid(folder: Path) -> Path | None:
+    return max((folder / "samples").glob("step-*.png"), default=None)
