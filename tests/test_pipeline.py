@@ -555,7 +555,7 @@ def test_no_default_model(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("sigmas", "log"), [("linspace", False), ("karras", True), ("exponential", True)])
 def test_the_timesteps_are_read_off_sigma_or_its_logarithm(pipe, sigmas, log):
-    """As diffusers: linearly where the sigmas are those of timesteps, off the logarithm where they are spaced freely."""
+    """As diffusers: linearly where the sigmas are those of timesteps, off the logarithm where they are not."""
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda net, inputs: seen.append(float(inputs[1].flatten()[0])))
     pipe("", steps=6, sigmas=sigmas, progress=False)
