@@ -377,3 +377,13 @@ def test_every_count_evaluates_exactly_that_often(sampler):
 def test_options_out_of_range(sampler, options, message):
     with pytest.raises(ValueError, match=message):
         next(sampler(gaussian(MEAN, STD), torch.ones(1), schedule.sigmas(3), None, **options))
+
+
+@pytest.mark.parametrize(("t_next", "gamma", "s"), [(600, 0.3, 420), (500, 0.5, 250), (999, 0.0, 999), (90, 0.9, 9)])
+def test_tcd_goes_to_a_whole_timestep(t_next, gamma, s):
+    """s = (1 - gamma) t_next where that is whole, though it may read a little less off its sigma."""
+    end, reached = (schedule.sigma(torch.tensor(float(t))) for t in (t_next, s))
+    x = torch.ones(4).double()
+    sigmas = torch.stack([end + 1, end])
+    (step,) = tcd(gaussian(0.0, 0.0), sigmas[0] * x, sigmas, lambda *_: 0 * x, gamma=gamma)
+    torch.testing.assert_close(step.x, reached * x, rtol=1e-9, atol=0)
