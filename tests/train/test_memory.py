@@ -33,10 +33,11 @@ def folder():
         yield Path(name)
 
 
-# Of the whole UNet 16 bytes a parameter: weight, gradient and two moments in float32. There is no room for one more.
+# Of the whole UNet 16 bytes a parameter: weight, gradient and two moments in float32. One copy more would not fit, nor
+# would one beside LoRA.
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("how", "most"), [("rank=4", 10e9), ("autocast=True", 20 * PARAMETERS)], ids=["LoRA", "whole UNet"]
+    ("how", "most"), [("rank=4", 8e9), ("autocast=True", 20 * PARAMETERS)], ids=["LoRA", "whole UNet"]
 )
 def test_full_size(folder, how, most):
     write(folder / "v1-5.safetensors", full_size())
