@@ -1,7 +1,7 @@
 """How much memory the training of SD 1.5's UNet takes at 512x512, and how long a step, beside diffusers and PEFT.
 
-python -m benchmarks.training         # 14 GB of memory and of disk in the temporary directory, a quarter of an hour
-python -m benchmarks.training lora    # 6 GB of both, a few minutes
+python -m benchmarks.training         # 16 GB of memory, 14 of disk in the temporary directory, some ten minutes
+python -m benchmarks.training lora    # 7 GB of memory, 4 of disk, four minutes
 
 Random weights, one picture's latents, batch 1, gradient checkpointing (and ours without it, "keeping all" activations),
 the same AdamW, two threads, each case in a process of its own. LoRA of rank 4 on the attention, in float32; the whole

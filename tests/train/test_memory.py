@@ -1,6 +1,6 @@
 """How much memory the fine-tuning of SD 1.5 takes, from the file to the file, in a process of its own.
 
-pytest -m full tests/train/test_memory.py    # 17 GB of memory, 16 of disk, some five minutes on two cores
+pytest -m full tests/train/test_memory.py    # 18 GB of memory, 16 of disk, some four minutes on two cores
 """
 
 import json
