@@ -43,7 +43,8 @@ class Training:
     resolution: None is the model's own. bucketed: other shapes than the square, for finetune. clip_skip: as in
     `ldm.Settings`.
     ema_decay: None, an average over 800 steps lags behind. autocast: bfloat16 where that is safe, weights stay float32.
-    checkpointing: less memory for more time; much less where batches or pictures are large. objective: the loss, see `Objective`.
+    checkpointing: less memory for more time; much less where batches or pictures are large.
+    objective: the loss, see `Objective`.
     sample_prompts: drawn every `sample_every` steps into a grid in the run's folder. tensorboard: curves, too.
     """
 
