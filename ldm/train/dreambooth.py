@@ -19,13 +19,14 @@ from torch.optim import AdamW
 
 from ldm.clip import TextEncoder
 from ldm.convert import convert
+from ldm.image import save
 from ldm.pipeline import DEFAULT_MODEL, Pipeline
 from ldm.train import processes
 from ldm.train.adapters import add_lora, save_lora
 from ldm.train.embedding import Embedding, save_embedding
 from ldm.train.loop import step_generator, train
 from ldm.train.objective import Diffusion, Objective, draw
-from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, cover, fingerprint, open_folder
+from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, centre, cover, fingerprint, open_folder
 from ldm.train.watch import both, grids, tensorboard
 from ldm.unet import UNet
 
@@ -177,8 +178,7 @@ def fill(pipe: Pipeline, folder: Path, prompt: str, count: int, side: int) -> No
         seeds = missing[start : min(start + 4, count - present)]
         made = pipe(prompt, seed=seeds, width=side, height=side, progress=False)
         for seed, image in zip(seeds, made.images, strict=True):
-            image.save(folder / f".class-{seed:05}.png")
-            (folder / f".class-{seed:05}.png").rename(folder / f"class-{seed:05}.png")
+            save(image, folder / f"class-{seed:05}.png", prompt)
 
 
 class Batches:
@@ -234,8 +234,7 @@ def captions(folder: Folder) -> list[str]:
 def size_numbers(picture: Any) -> list[float]:
     """SDXL's: height and width of the original, top and left of the crop from the centre, height and width now."""
     (width, height), (w, h) = picture.size, picture.target
-    covering = cover(picture.size, picture.target)
-    top, left = round((covering[1] - h) / 2), round((covering[0] - w) / 2)
+    top, left = centre(cover(picture.size, picture.target), picture.target)
     return [float(n) for n in (height, width, top, left, h, w)]
 
 
@@ -250,11 +249,11 @@ def nets_or_lora(
         for net in trained.values():
             net.requires_grad_(True)
 
-        def save() -> None:
+        def save_nets() -> None:
             values = {name: net.state_dict() for name, net in trained.items()}
             convert(DEFAULT_MODEL if model is None else model, out, nets=values)
 
-        return nn.Module(), save
+        return nn.Module(), save_nets
     generator = torch.Generator().manual_seed(training.seed)
     adapters = {
         name: add_lora(net, training.rank, training.alpha, training.targets, generator) for name, net in trained.items()
@@ -268,7 +267,7 @@ def fit(
     out: Path,
     training: Training,
     beside: nn.Module,
-    save: Callable[[], None],
+    save_result: Callable[[], None],
 ) -> None:
     """Train what requires gradients, in the pipeline's nets and `beside` them, and save it."""
     work = run_folder(out)
@@ -307,7 +306,7 @@ def fit(
         on_step=both(watches),
     )
     if processes.rank() == 0:
-        save()
+        save_result()
 
 
 ENCODERS = ("text_encoder", "text_encoder_2")

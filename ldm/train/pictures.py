@@ -89,6 +89,12 @@ def cover(size: Size, target: Size) -> Size:
     return (width * h // height, h) if width * h >= w * height else (w, height * w // width)
 
 
+def centre(size: Size, target: Size) -> tuple[int, int]:
+    """Top and left of the middle part of that size."""
+    (width, height), (w, h) = size, target
+    return round((height - h) / 2), round((width - w) / 2)
+
+
 def crop(image: Image.Image, target: Size, generator: torch.Generator | None = None) -> tuple[Image.Image, list[int]]:
     """The picture at the size `target`, and where its corner (top, left) was in the resized picture.
 
@@ -99,7 +105,7 @@ def crop(image: Image.Image, target: Size, generator: torch.Generator | None = N
     w, h = target
     width, height = cover(image.size, target)
     if generator is None:
-        top, left = round((height - h) / 2), round((width - w) / 2)
+        top, left = centre((width, height), target)
     else:
         top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in (height - h, width - w))
     resized = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ldm.image import save
 from ldm.pipeline import Pipeline
 
 Watch = Callable[[int, dict[str, float]], None]  # of the step and its line in the log
@@ -27,8 +28,7 @@ def grids(pipe: Pipeline, prompts: Sequence[str], every: int, folder: Path, side
             for column, image in enumerate(made.images):
                 sheet.paste(image, (side * column, side * row))
         folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f".step-{step:07}.png")
-        (folder / f".step-{step:07}.png").replace(folder / f"step-{step:07}.png")
+        save(sheet, folder / f"step-{step:07}.png", "\n".join(prompts), force=True)
 
     return watch
 
