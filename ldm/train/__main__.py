@@ -11,6 +11,7 @@
     ldm train diffusion  train the UNet and the text encoder on the VAE's latents
     ldm train export     write what has been learnt so far as a diffusers folder
     ldm train evaluate   measure a model; draw its contact sheet and, where the logs are, the loss curves
+    ldm train curves     the same scores by guidance, steps and clip skip, as a picture; not part of `emoji`
 
 A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was when the same command is given again.
 `torchrun --nproc-per-node 2 -m ldm.train ...` is the same command for two processes.
@@ -26,6 +27,7 @@ import torch
 
 from ldm.pipeline import Pipeline
 from ldm.train import processes, state
+from ldm.train.curves import curves
 from ldm.train.diffusion import Nets, train_diffusion
 from ldm.train.dreambooth import Training, dreambooth, embedding, finetune
 from ldm.train.emoji import build
@@ -67,11 +69,15 @@ def evaluate_verb(a: argparse.Namespace) -> None:
     processes.join()
     if processes.rank() > 0:
         return
-    evaluate(a.model, a.data)
+    evaluate(a.model, a.data, count=a.count, guidance_scale=a.guidance_scale)
     contact_sheet(Pipeline.from_pretrained(a.model), sheet_prompts(a.data), a.model.parent / "sheet.png")
     runs = {name: a.runs / name for name in ("vae", "diffusion")}
     if all((run / "log.jsonl").exists() for run in runs.values()):
         plot(runs, a.model.parent / "loss.png")
+
+
+def curves_verb(a: argparse.Namespace) -> None:
+    curves(a.model, a.data, a.model.parent / "curves.png", guidance_scale=a.guidance_scale, steps=30)
 
 
 PARTS = {
@@ -198,13 +204,15 @@ def parser() -> argparse.ArgumentParser:
     curves.add_argument("--out", type=Path, default=Path("runs.png"), help="default %(default)s")
     curves.set_defaults(function=plot_verb)
 
-    for verb in ["emoji", *PARTS]:
+    for verb in ["emoji", *PARTS, "curves"]:
         part = verbs.add_parser(verb)
         part.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
         part.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
         part.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
         part.add_argument("--steps", type=int, default=7_000, help="of the diffusion, 64 pictures each")
-        part.set_defaults(function=emoji_verb)
+        part.add_argument("--count", type=int, help="prompts of each kind to measure (default: all)")
+        part.add_argument("--guidance-scale", type=float, default=7.5, help="to measure with (default %(default)s)")
+        part.set_defaults(function=curves_verb if verb == "curves" else emoji_verb)
     return p
 
 

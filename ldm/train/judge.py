@@ -22,9 +22,7 @@ class Judge:
     """Whitened nearest class mean for the concept, ridge regression for the style.
 
     All is fitted on the training split. Concepts of the split test_attribute, which training has in no style, have
-    their means too, but only pictures that should show one of them are compared to these. The picture of the pair that
-    is asked for is left out of its concept's mean (unless it is the only one): real pictures and copies of them are
-    then judged like all others, by the drawings in the other styles.
+    their means too, but only pictures that should show one of them are compared to these.
     """
 
     def __init__(self, file: Path):
@@ -64,23 +62,26 @@ class Judge:
 
         Fractions concept_top1, concept_top5, style and both, which is a concept in the top 5 and the right style. A
         concept that the judge does not know (split test_concept) is never found; a style it does not know is an error.
+        others_top5 is concept_top5 where the training picture of the pair itself is left out of its concept's mean
+        (unless it is the only one): what a drawing shows, not whether it is that drawing.
         """
         if unknown := {style for _, style in wanted} - set(self.styles):
             raise ValueError(f"unknown styles {sorted(unknown)}: the data set has {sorted(self.styles)}")
         z = batched(cell_features, images) @ self.whiten
         target = np.array([self.concepts.get(concept, -1) for concept, _ in wanted])
         distance = squared_distances(z, self.means)
+        distance[np.ix_(~self.held_out[target], self.held_out)] = np.inf
+        found = nearest(distance) == target[:, None]
         for i, (concept, pair) in enumerate(zip(target, wanted, strict=True)):
             if pair in self.pictures and (k := self.counts[concept]) > 1:
                 others = (k * self.means[concept] - self.pictures[pair]) / (k - 1)
                 distance[i, concept] = ((z[i] - others) ** 2).sum()
-        distance[np.ix_(~self.held_out[target], self.held_out)] = np.inf
-        found = np.argsort(distance, axis=1)[:, :5] == target[:, None]
         guess = (batched(self._style_features, images) @ self.ridge).argmax(1)
         style = guess == np.array([self.styles[style] for _, style in wanted])
         return {
             "concept_top1": float(found[:, 0].mean()),
             "concept_top5": float(found.any(1).mean()),
+            "others_top5": float((nearest(distance) == target[:, None]).any(1).mean()),
             "style": float(style.mean()),
             "both": float((found.any(1) & style).mean()),
         }
@@ -88,6 +89,11 @@ class Judge:
     def _style_features(self, images: np.ndarray) -> np.ndarray:
         components = (thumbnails(images) - self.small_mean) @ self.basis.T
         return np.concatenate([components, texture_features(images), np.ones((len(images), 1))], axis=1)
+
+
+def nearest(distance: np.ndarray) -> np.ndarray:
+    """(n,concepts) -> (n,5): the nearest five, the nearest first."""
+    return np.argsort(distance, axis=1)[:, :5]
 
 
 def batched(f: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 from collections import Counter
@@ -13,15 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.train import data, emoji, evaluate
+from ldm.train import curves, data, emoji, evaluate, metrics
 from ldm.train.captions import caption
 from ldm.train.judge import Judge, squared_distances, thumbnails
+from ldm.train.judge import cell_features as judge_features
 from ldm.train.plot import plot
 from ldm.vae.vae import Gaussian
 
 STYLES = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
 CONCEPTS, HELD_OUT = 24, 4  # the last four concepts are in no training picture
 STRAY = (22, "red")  # this picture shows something else
+STRAY_IS_LOST = {"red": 0, "green": 1, "blue": 1, "grey": 1}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ class TestJudge:
         for split in ("test_pair", "test_attribute"):
             chosen = [i for i in of_split(meta, split) if (int(meta[i]["hex"], 16), meta[i]["style"]) != STRAY]
             assert judge.score(images[chosen], pairs(meta, chosen)) == dict.fromkeys(
-                ("concept_top1", "concept_top5", "style", "both"), 1.0
+                ("concept_top1", "concept_top5", "others_top5", "style", "both"), 1.0
             )
 
     def test_wrong_concept_or_wrong_style_counts_as_such(self, judge, rows):
@@ -82,11 +85,12 @@ class TestJudge:
         score = judge.score(images[chosen], nobody)
         assert (score["concept_top5"], score["style"], score["both"]) == (0, 1, 0)
 
-    def test_a_picture_is_not_compared_to_itself(self, judge, rows):
+    def test_others_leave_out_the_picture_itself(self, judge, rows):
         images, meta = data.composite(rows[0]), rows[1]
         drawings = [i for i, m in enumerate(meta) if int(m["hex"], 16) == STRAY[0]]
-        found = {meta[i]["style"]: judge.score(images[[i]], pairs(meta, [i]))["concept_top1"] for i in drawings}
-        assert found == {"red": 0, "green": 1, "blue": 1, "grey": 1}
+        scores = {meta[i]["style"]: judge.score(images[[i]], pairs(meta, [i])) for i in drawings}
+        assert {style: score["others_top5"] for style, score in scores.items()} == STRAY_IS_LOST
+        assert all(score["concept_top5"] == 1 for score in scores.values())  # its own drawing is in the mean
 
     def test_held_out_concepts_are_no_choice_where_nobody_asked_for_one(self, judge, rows):
         images, meta = data.composite(rows[0]), rows[1]
@@ -151,8 +155,9 @@ class TestEvaluate:
             assert report[kind]["the model"] == report[kind]["real pictures (ceiling)"]
             assert report[kind]["the model"]["style"] == 1
             assert f"| {kind} ({report[kind]['count']}) | the model |" in printed
-        both = [report[kind]["the model"]["both"] for kind in evaluate.PROMPTS]
-        assert both == [1, 1, pytest.approx(15 / 16)]  # all but the stray
+            assert report[kind]["the model"]["both"] == 1
+        others = [report[kind]["the model"]["others_top5"] for kind in evaluate.PROMPTS]
+        assert others == [1, 1, pytest.approx(15 / 16)]  # all but the stray
         assert report["seen pairs"]["the model"]["nearer_than_0.0007"] == 1  # they are training pictures
         assert report["held-out pairs"]["the model"]["nearer_than_0.002"] == 0  # these are not
 
@@ -186,20 +191,35 @@ class TestEvaluate:
             assert stray["concept_top1"] < 0.25
         assert "the concept in another style" not in report["held-out attributes"]  # no style of it was trained on
 
-    def test_psnr(self, run, rows):
+    def test_vae(self, run, rows):
         report, _, printed = run(lambda prompt: np.zeros((64, 64, 3), np.uint8))
-        for split, decibel in report["vae_psnr"].items():
+        for split, measured in report["vae"].items():
             real = data.composite(rows[0][of_split(rows[1], split)]).astype(float)
             mse = ((np.minimum(real + 8, 255) - real) ** 2).mean((1, 2, 3))
-            assert decibel == pytest.approx((10 * np.log10(255**2 / mse)).mean(), rel=1e-6)
-            assert f"{split}: {decibel:.1f} dB" in printed
+            assert measured["psnr"] == pytest.approx((10 * np.log10(255**2 / mse)).mean(), rel=1e-6)
+            assert 0.9 < measured["ssim"] < 1
+            assert f"| {split} | {measured['psnr']:.1f} dB | {measured['ssim']:.3f} |" in printed
+
+    def test_distances(self, run, rows):
+        """Where every prompt gives one picture, two seeds are not apart; the truth is nearer than noise."""
+        truth = {caption(m): image for image, m in zip(data.composite(rows[0]), rows[1], strict=True)}
+        report = run(truth.__getitem__)[0]
+        assert report["apart"]["two seeds of a prompt"] == dict.fromkeys(evaluate.PROMPTS, 0)
+        assert report["apart"]["two prompts"]["seen pairs"] > 0.05
+        assert report["apart"]["two real drawings of a concept"].keys() == {"seen pairs", "held-out pairs"}
+        assert report["kid"].keys() == {"the model", "training pictures in the same styles (floor)"}
+        assert report["kid"]["the model"] < 0  # unbiased: below 0 for the same pictures
+        random = np.random.default_rng(0)
+        noise = run(lambda prompt: random.integers(0, 256, (64, 64, 3), dtype=np.uint8))[0]
+        assert noise["kid"]["the model"] > 10 * abs(report["kid"]["training pictures in the same styles (floor)"])
+        assert noise["apart"]["two seeds of a prompt"]["seen pairs"] > 0.005
 
     def test_calls(self, run):
-        _, pipe, _ = run(lambda prompt: np.zeros((64, 64, 3), np.uint8), count=35, steps=3, guidance_scale=2.0, seed=9)
+        _, pipe, _ = run(lambda prompt: np.zeros((64, 64, 3), np.uint8), count=66, steps=3, guidance_scale=2.0, seed=9)
         sizes = [len(prompts) for prompts, *_ in pipe.calls]
-        assert sizes == [32, 3, 12, 16]  # 35 seen pairs, 12 held-out pairs, 4 concepts of 4 styles
-        assert pipe.calls[1][1:] == ([41, 42, 43], 3, 2.0, False)
-        assert pipe.calls[2][1][0] == 9
+        assert sizes == [64, 2, 64, 2, 12, 12, 16, 16]  # seen pairs, held-out pairs, 4 concepts of 4 styles; twice each
+        assert pipe.calls[1][1:] == ([73, 74], 3, 2.0, False)
+        assert [seed[0] for _, seed, *_ in pipe.calls] == [9, 73, 75, 139, 9, 21, 9, 25]
 
     def test_the_same_rows_are_drawn_whatever_their_order(self, rows):
         meta, count = rows[1], 10
@@ -220,6 +240,26 @@ class TestEvaluate:
         assert pipe.calls[0][1] == list(range(10))
         assert (sheet[8 + 128 : 8 + 128 + 26, 8:136] < 128).any()  # the prompt is under its picture
 
+    def test_curves(self, file, rows, monkeypatch, tmp_path):
+        """A model that draws the truth at guidance 3 and more, black below, whatever else is set."""
+        truth = {caption(m): image for image, m in zip(data.composite(rows[0]), rows[1], strict=True)}
+        calls = []
+
+        def pipe(prompts, *, seed, progress, **settings):
+            calls.append(settings)
+            images = [truth[p] if settings["guidance_scale"] >= 3 else np.zeros((64, 64, 3), np.uint8) for p in prompts]
+            return SimpleNamespace(images=[Image.fromarray(image) for image in images])
+
+        monkeypatch.setattr(curves.Pipeline, "from_pretrained", lambda folder: pipe)
+        found = curves.curves(None, file, tmp_path / "curves.png", count=9, guidance_scale=4.0, steps=7)
+        styles = found["guidance_scale"]["seen pairs"]["style"]
+        assert styles[3:] == [1] * 4 and max(styles[:3]) < 0.5
+        assert found["steps"]["held-out pairs"]["style"] == [1] * 6
+        assert {"guidance_scale": 4.0, "steps": 50} in calls
+        assert {"guidance_scale": 1.0, "steps": 7} in calls
+        assert {"guidance_scale": 4.0, "steps": 7, "clip_skip": 3} in calls
+        assert Image.open(tmp_path / "curves.png").size == (1440, 480)
+
     def test_plot_loss(self, tmp_path):
         lines = [json.dumps({"step": k, "loss": 1 / k, "lr": 1e-3, "seconds": k}) for k in (20, 40, 60)]
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
@@ -227,6 +267,35 @@ class TestEvaluate:
         assert Image.open(tmp_path / "loss.png").size == (1200, 600)
         with pytest.raises(FileNotFoundError, match=r"has no log\.jsonl: give the folder of a run"):
             plot({"none": tmp_path / "none"}, tmp_path / "loss.png")
+
+
+class TestMetrics:
+    def test_psnr_and_ssim_of_even_pictures(self):
+        """Without contrast only the means differ: SSIM is (2ab + C) / (a^2 + b^2 + C), C = (0.01 * 255)^2."""
+        a, b = np.full((2, 64, 64, 3), 100, np.uint8), np.full((2, 64, 64, 3), 120, np.uint8)
+        assert metrics.psnr(a, b) == pytest.approx(20 * np.log10(255 / 20))
+        assert metrics.ssim(a, b) == pytest.approx((2 * 100 * 120 + 2.55**2) / (100**2 + 120**2 + 2.55**2))
+        assert metrics.ssim(a, a) == 1
+
+    def test_copies_and_apart(self):
+        a, b = np.full((2, 64, 64, 3), 100, np.uint8), np.full((3, 64, 64, 3), 151, np.uint8)
+        b[1] = 0
+        np.testing.assert_allclose(metrics.copies(a, b), [0.04, 0.04], atol=1e-6)  # (51 / 255)^2
+        assert metrics.apart(a, b[:2]) == pytest.approx((0.04 + (100 / 255) ** 2) / 2)
+
+    def test_kid_is_the_definition(self):
+        random = np.random.default_rng(0)
+        a, b = random.integers(0, 256, (2, 5, 64, 64, 3), dtype=np.uint8)
+        x, y = judge_features(a), judge_features(b)
+        spread = (y**2).mean()
+
+        def k(p, q):
+            return (p @ q / (768 * spread) + 1) ** 3
+
+        pairs = list(itertools.permutations(range(5), 2))
+        expected = np.mean([k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs])
+        expected -= 2 * np.mean([k(p, q) for p in x for q in y])
+        assert metrics.kid(a, b) == pytest.approx(expected, rel=1e-4)
 
 
 def sha256(content):
