@@ -145,6 +145,17 @@ def test_stopped_and_gone_on_with(models, pictures, tmp_path, monkeypatch, rank)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_made_longer(models, pictures, tmp_path):
+    """Another three steps of a run that has ended are those of a run of six."""
+    a, b = tmp_path / "six.safetensors", tmp_path / "three.safetensors"
+    dreambooth(models["SD 1"], pictures, "a cat", a, replace(FAST, steps=6))
+    dreambooth(models["SD 1"], pictures, "a cat", b, FAST)
+    b.unlink()
+    dreambooth(models["SD 1"], pictures, "a cat", b, replace(FAST, steps=6))
+    six, three = load_file(a), load_file(b)
+    assert six.keys() == three.keys() and all(torch.equal(six[name], three[name]) for name in six)
+
+
 def test_class_pictures_are_kept_and_filled_up(models, pictures, tmp_path):
     folder = tmp_path / "class"
     folder.mkdir()
@@ -176,6 +187,17 @@ def test_command_line(models, pictures, tmp_path, capsys):
     assert Image.open(tmp_path / "loss.png").size[0] > 100
     with pytest.raises(SystemExit, match=r"ldm train: error: .*remove it, or give another name"):
         main(["dreambooth", "--instance-images", str(pictures), "--instance-prompt", "a cat", *common.split()])
+
+
+def test_command_line_of_a_word(models, pictures, tmp_path):
+    out = tmp_path / "sks.safetensors"
+    words = ["--word", "sks", "--caption", "a {word} cat", "--init-word", "cat", "--vectors", "2", "--layout", "webui"]
+    common = f"--model {models['SD 1']} --images {pictures} --out {out} --steps 2 --resolution 32"
+    main(["embedding", *words, *common.split()])
+    pipe = ldm.Pipeline.from_pretrained(models["SD 1"])
+    assert pipe.load_embedding(out) == "sks"
+    first = json.loads((tmp_path / "sks.safetensors.run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["lr"] == 5e-4 and load_file(out)["emb_params"].shape[0] == 2
 
 
 def test_what_is_seen_of_it(models, pictures, tmp_path):
