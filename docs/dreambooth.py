@@ -17,9 +17,10 @@ from PIL import Image
 
 import ldm
 from ldm.train import data, metrics
-from ldm.train.dreambooth import Training, dreambooth
+from ldm.train.dreambooth import dreambooth
 from ldm.train.evaluate import sheet_prompts
 from ldm.train.judge import Judge, cell_features
+from ldm.train.training import Training
 
 PAGE = Path(__file__).with_suffix(".md")
 FOLDER = Path(__file__).with_suffix("")

@@ -9,7 +9,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +48,14 @@ def convert(
     dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
     nets: Mapping[str, Mapping[str, Tensor]] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `source`, an official single file or a diffusers folder, to `target`: a name that ends in .safetensors is a
     single file, any other a folder. The nets' tensors alone: EMA copies and buffers are left out.
 
     dtype: of the weights, None keeps every tensor's own and its bits. prediction_type: as in `from_pretrained`.
     nets: tensors of unet, vae, text_encoder or text_encoder_2 by our names, which take the place of the source's in
-    `dtype`, else in the dtype of the source's.
+    `dtype`, else in the dtype of the source's. scheduler: fields of scheduler_config.json that become others.
     A pickle becomes a safetensors file of all its tensors; it is read by `torch.load(weights_only=True)`, which runs no
     code of the file's. `target` must not exist, and is there as a whole or not at all. Raises CheckpointError for a
     source that is no model, FileExistsError.
@@ -73,7 +76,8 @@ def convert(
         return
     opened = open_model(source, prediction_type=prediction_type)
     warn_of_guess(opened, source)
-    model = opened.model
+    fields = scheduler or {}
+    model = replace(opened.model, scheduler={**opened.model.scheduler, **fields})
     check_widths(model, source)
     plans = make_plans(model, opened.sources)
     check(plans, source)
@@ -89,6 +93,9 @@ def convert(
         texts["model_index.json"] = index_of_carried(texts["model_index.json"])
         if prediction_type is not None:
             texts["scheduler/scheduler_config.json"] = as_json(model.scheduler)
+        elif fields:
+            own = json.loads(texts["scheduler/scheduler_config.json"])
+            texts["scheduler/scheduler_config.json"] = as_json(own | fields)
     if single:
         named = [official(plans[part], tensors) for part, tensors in values.items()]
         others = {name: text for name, text in metadata.items() if not TEXTS.fullmatch(name)}

@@ -6,6 +6,7 @@ x = x0 + sigma * eps with sigma_t = sqrt((1 - a_t) / a_t): Karras et al. 2022, t
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from numbers import Integral
 from typing import Any
 
@@ -247,6 +248,14 @@ class Schedule:
             config.get("rescale_betas_zero_snr", False),
             config.get("final_sigmas_type", "zero"),
         )
+
+    def to_zero_snr(self) -> "Schedule":
+        """The same, ending in noise alone (`zero_terminal_snr`), which samplers then start from."""
+        other = copy(self)
+        other.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
+        other._sigmas = ((1 - other.alphas_cumprod) / other.alphas_cumprod).sqrt()
+        other.spacing = "trailing"
+        return other
 
     @property
     def sigma_min(self) -> float:

@@ -19,6 +19,7 @@ A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was whe
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,12 +30,13 @@ from ldm.pipeline import Pipeline
 from ldm.train import processes, state
 from ldm.train.curves import curves
 from ldm.train.diffusion import Nets, train_diffusion
-from ldm.train.dreambooth import Training, dreambooth, embedding, finetune
+from ldm.train.dreambooth import dreambooth, embedding, finetune
 from ldm.train.emoji import build
 from ldm.train.evaluate import contact_sheet, evaluate, sheet_prompts
 from ldm.train.export import export
 from ldm.train.objective import Objective
 from ldm.train.plot import plot
+from ldm.train.training import Training
 from ldm.train.vae import CONFIG, train_vae
 from ldm.vae import VAE
 
@@ -92,6 +94,8 @@ PARTS = {
 def trained(a: argparse.Namespace) -> Training:
     own = {name: getattr(a, name) for name in HELP if hasattr(a, name)}
     objective = Objective(**{f.name: own.pop(f.name) for f in fields(Objective) if f.name in own})
+    if "," in own.get("targets", ""):
+        own["targets"] = own["targets"].split(",")
     return Training(**own, sample_prompts=tuple(a.sample_prompts), objective=objective)
 
 
@@ -119,7 +123,8 @@ def embedding_verb(a: argparse.Namespace) -> None:
 
 
 def plot_verb(a: argparse.Namespace) -> None:
-    plot({run.name: run for run in a.run}, a.out)
+    names = [run.resolve().name for run in a.run]
+    plot({name if names.count(name) == 1 else str(run): run for name, run in zip(names, a.run, strict=True)}, a.out)
     print(a.out)
 
 
@@ -127,23 +132,29 @@ def plot_verb(a: argparse.Namespace) -> None:
 HELP = {
     "steps": "of the training",
     "batch": "pictures a step (of the class as many more)",
-    "accumulate": "in so many parts, one after the other",
+    "accumulate": "take the batch in so many parts, one after the other",
     "learning_rate": "default 2e-6 for whole nets, 1e-4 for LoRA, 5e-4 for a word",
     "schedule": "of the rate: constant, linear, cosine",
     "warmup": "steps in which the rate rises",
     "rank": "train a LoRA of this rank",
     "alpha": "of the LoRA (default: its rank)",
-    "targets": "its modules: attention, all-linear, conv",
+    "targets": "its modules: attention, all-linear, conv, or ends of names: to_q,to_k",
     "text_encoder": "train the text encoder, too",
     "resolution": "side in pixels (default: the model's own)",
     "bucketed": "keep the pictures' shapes, about (aspect-ratio buckets)",
     "clip_skip": "as in generate",
+    "prediction_type": "epsilon or v_prediction, where the model does not say",
+    "zero_snr": "a schedule that ends in noise alone, for v prediction",
     "ema_decay": "save an average of the weights, 0.999",
     "autocast": "bfloat16 where that is safe",
     "checkpointing": "less memory, a third more time",
+    "shard": "divide the weights among torchrun's processes (FSDP)",
     "seed": "of all random numbers",
     "sample_every": "draw --sample-prompt every so many steps",
     "tensorboard": "write its curves, too (pip install tensorboard)",
+    "save_minutes": "between states",
+    "save_steps": "between states, too",
+    "keep": "so many states",
     "min_snr": "gamma of min-SNR weighting, 5",
     "offset_noise": "0.1 for dark and bright pictures",
     "input_noise": "perturb what the net is shown, 0.1",
@@ -152,11 +163,17 @@ HELP = {
 }
 
 
-def training_arguments(p: argparse.ArgumentParser, **defaults: Any) -> None:
+OF_NETS = ("rank", "alpha", "targets", "text_encoder", "zero_snr", "shard")
+
+
+def training_arguments(p: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
+    """All of HELP but some."""
     p.add_argument("--model", help="as in generate (default: the model that ships with ldm)")
     p.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a diffusers folder")
     p.add_argument("--sample-prompt", dest="sample_prompts", nargs="+", default=(), metavar="TEXT", help="to draw")
     for option in (f for kind in (Training, Objective) for f in fields(kind) if f.name in HELP):
+        if option.name in without:
+            continue
         flag, text = f"--{option.name.replace('_', '-')}", HELP[option.name]
         default = defaults.get(option.name, option.default)
         if isinstance(default, bool):
@@ -186,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("--images", type=Path, required=True, metavar="DIR", help="with .txt files or metadata.jsonl")
     many.add_argument("--caption", metavar="TEXT", help="of pictures without one")
     many.add_argument("--layout", choices=["kohya", "peft"], default="kohya", help="of a LoRA (default %(default)s)")
-    training_arguments(many)
+    training_arguments(many, without=["prior_weight"])
     many.set_defaults(function=finetune_verb)
 
     word = verbs.add_parser("embedding", help="find the vectors of a new word (textual inversion)")
@@ -196,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     word.add_argument("--vectors", type=int, default=1, metavar="N", help="tokens of the word (default %(default)s)")
     word.add_argument("--init-word", metavar="WORD", help="a word that comes near")
     word.add_argument("--layout", choices=["diffusers", "webui"], default="diffusers", help="default %(default)s")
-    training_arguments(word, steps=3000, text_encoder=True)
+    training_arguments(word, without=["prior_weight", *OF_NETS], steps=3000)
     word.set_defaults(function=embedding_verb)
 
     curves = verbs.add_parser("plot", help="draw the logs and the newest samples of runs")
@@ -227,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         a.function(a)
     except KeyboardInterrupt as stop:
         if processes.rank() == 0:
-            print(stop, file=sys.stderr)
+            print(str(stop) or "stopped; what was computed is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"ldm train: error: {error}")

@@ -71,21 +71,23 @@ def noised(z: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     return alpha * z + sigma * noise
 
 
-def target(z: Tensor, noise: Tensor, t: Tensor, schedule: Schedule, prediction_type: str) -> Tensor:
-    """What the net is to say of `noised`.
-
-    Raises ValueError for an unknown prediction_type, and for epsilon with zero terminal SNR.
-    """
+def check_target(schedule: Schedule, prediction_type: str) -> None:
+    """Raises ValueError for an unknown prediction_type, and for epsilon with zero terminal SNR."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type={prediction_type!r}: use one of {', '.join(PREDICTION_TYPES)}")
-    if prediction_type == "v_prediction":
-        alpha, sigma = scales(z, t, schedule)
-        return alpha * noise - sigma * z
-    if signal(schedule, torch.tensor([999])) == 0:
+    if prediction_type == "epsilon" and signal(schedule, torch.tensor([999])) == 0:
         raise ValueError(
             "prediction_type='epsilon' with zero terminal SNR: at t = 999 the net would be asked for what it is shown;"
             " use v_prediction, or a schedule without zero_snr"
         )
+
+
+def target(z: Tensor, noise: Tensor, t: Tensor, schedule: Schedule, prediction_type: str) -> Tensor:
+    """What the net is to say of `noised`. Raises ValueError as `check_target`."""
+    check_target(schedule, prediction_type)
+    if prediction_type == "v_prediction":
+        alpha, sigma = scales(z, t, schedule)
+        return alpha * noise - sigma * z
     return noise
 
 
@@ -200,9 +202,8 @@ class Diffusion(nn.Module):
         self.text_encoders = nn.ModuleList(encoders)
         self.clip_skip = clip_skip
         self.autocast = autocast
-        for encoder in encoders:
-            if encoder is not encoders[-1] or unet.config.vector_width is None:
-                freeze_unread(encoder, clip_skip)
+        for module in unread(unet, encoders, clip_skip):
+            module.requires_grad_(False)
         if checkpointing:
             checkpoint_blocks(self)
 
@@ -221,20 +222,23 @@ class Diffusion(nn.Module):
         return (weight * loss).mean()
 
 
-def freeze_unread(encoder: TextEncoder, clip_skip: int) -> None:
-    """Freeze what the context does not depend on."""
-    c, model = encoder.config, encoder.text_model
-    model.encoder.layers[c.layers - c.skip - clip_skip + 1 :].requires_grad_(False)
-    if not c.final_norm:
-        model.final_layer_norm.requires_grad_(False)
+def unread(unet: UNet, encoders: Sequence[TextEncoder], clip_skip: int) -> list[nn.Module]:
+    """The modules of the text encoders on which neither the context depends nor SDXL's pooled vector."""
+    modules: list[nn.Module] = []
+    for encoder in encoders if unet.config.vector_width is None else encoders[:-1]:
+        c, model = encoder.config, encoder.text_model
+        modules += model.encoder.layers[c.layers - c.skip - clip_skip + 1 :]
+        modules += [] if c.final_norm else [model.final_layer_norm]
+    return modules
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """The resnet and transformer blocks of a UNet, the layers of a text encoder."""
+    return [module for module in net.modules() if isinstance(module, ResnetBlock | TransformerBlock | Layer)]
 
 
 def checkpoint_blocks(net: nn.Module) -> None:
-    """Let each resnet and transformer block of a UNet, and each layer of a text encoder, keep its input alone.
-
-    They draw no random numbers, whose state would have to be kept too.
-    """
-    for module in net.modules():
-        if isinstance(module, ResnetBlock | TransformerBlock | Layer):
-            again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-            module.forward = again  # type: ignore[method-assign]
+    """Let each of the `blocks` keep its input alone. They draw no random numbers, whose state would be kept, too."""
+    for module in blocks(net):
+        again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        module.forward = again  # type: ignore[method-assign]

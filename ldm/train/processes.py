@@ -6,7 +6,7 @@ Starting them, and all of them anew where one dies, is torchrun's; gradients are
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -77,10 +77,13 @@ def share(net: nn.Module) -> nn.Module:
     return DistributedDataParallel(net, gradient_as_bucket_view=True)
 
 
-def shard(net: nn.Module) -> None:
+def shard(net: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     """Divides each parameter, so its gradient and its optimiser's state, among the processes (FSDP, Zhao et al. 2023):
-    for nets of which one machine holds no more than a part. Call it before the optimisers are made."""
+    for nets of which one machine holds no more than a part. A process has the whole weights of one of the `parts` at a
+    time, and of what is in none of them. Call it before the optimisers are made."""
     join()
+    for part in parts:
+        fully_shard(part)
     fully_shard(net)
 
 

@@ -17,7 +17,8 @@ from synthetic import full_size, write
 MEASURE = """
 import sys
 from pathlib import Path
-from ldm.train.dreambooth import Training, finetune
+from ldm.train.dreambooth import finetune
+from ldm.train.training import Training
 
 model, images, out = sys.argv[1:]
 finetune(model, images, out, Training(steps=2, checkpointing=True, {how}), caption="a heart")
