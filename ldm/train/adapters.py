@@ -9,7 +9,7 @@ The paths hang on forward hooks: the net keeps its modules, its names and its te
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,24 +92,30 @@ def add_lora(
     alpha: float | None = None,
     targets: str | Sequence[str] = "attention",
     generator: torch.Generator | None = None,
+    without: Iterable[nn.Module] = (),
 ) -> Adapters:
     """Freeze a net and give it LoRA paths to train. Up is zero: at first the net gives what it gave, bitwise.
 
     alpha: of alpha / rank, rank unless given. targets: "attention" (to_q, to_k, to_v, to_out.0 of a UNet, q_proj,
     k_proj, v_proj, out_proj of a text encoder, as diffusers' scripts), "all-linear", "conv" (every Linear and every
     Conv2d), or ends of module names (diffusers'), as PEFT's target_modules. generator: on the CPU, for down; the
-    modules draw in the net's order.
+    modules draw in the net's order. without: modules of the net that get no path, nor does what is inside of them, as
+    the layers of a text encoder that clip skip leaves unread: their factors would stay as they were drawn.
     Raises ValueError for a rank, alpha or target that cannot be.
     """
-    alpha = rank if alpha is None else alpha
-    if rank < 1 or not 0 < alpha < float("inf"):
-        raise ValueError(f"rank={rank}, alpha={alpha}: use a whole rank from 1, and a finite alpha above 0")
-    return Adapters(net, rank, alpha, chosen(net, targets), generator)
+    if rank < 1:
+        raise ValueError(f"rank={rank}: use a whole number from 1")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha={alpha}: use a finite number above 0")
+    return Adapters(net, rank, rank if alpha is None else alpha, chosen(net, targets, without), generator)
 
 
-def chosen(net: UNet | TextEncoder, targets: str | Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
+def chosen(
+    net: UNet | TextEncoder, targets: str | Sequence[str], without: Iterable[nn.Module]
+) -> dict[str, nn.Linear | nn.Conv2d]:
     """The modules by their paths, in the net's order."""
-    every = {path: m for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    left_out = {inner for module in without for inner in module.modules()}
+    every = {path: m for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and m not in left_out}
     if isinstance(targets, str) and targets in KINDS:
         return {path: module for path, module in every.items() if isinstance(module, KINDS[targets])}
     if targets == "attention":

@@ -3,8 +3,8 @@
     folder = open_folder("dog", resolution=512, caption="a photo of sks dog")
     print(folder)                                    # dog: 5 pictures of 512x512; 1 refused: ...
     rows = folder.rows(step, batch=2, seed=0)        # (2,) which pictures, all of one size
-    pixels, sizes = folder.pixels(rows)              # (2,3,512,512) in [-1,1], and SDXL's six numbers (2,6)
-    captions = folder.captions(rows)
+    pixels = folder.pixels(rows)                     # (2,3,512,512) in [-1,1]
+    sizes = [picture.size_numbers() for picture in folder.at(rows)]
 
 Nothing is kept open, and a picture is decoded when it is asked for. It is never flipped: a face or a text would not
 bear it, and of five pictures each counts.
@@ -20,7 +20,7 @@ import unicodedata
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,6 +52,13 @@ class Picture(NamedTuple):
     caption: str
     size: Size
     target: Size
+
+    def size_numbers(self) -> list[float]:
+        """SDXL's size conditioning (Podell et al. 2023, section 2.2), in pixels and in its order: height and width of
+        the original, top and left of the crop in the resized picture, height and width now."""
+        (width, height), (w, h) = self.size, self.target
+        top, left = centre(cover(self.size, self.target), self.target)
+        return [float(n) for n in (height, width, top, left, h, w)]
 
 
 class Refusal(NamedTuple):
@@ -95,21 +101,16 @@ def centre(size: Size, target: Size) -> tuple[int, int]:
     return round((height - h) / 2), round((width - w) / 2)
 
 
-def crop(image: Image.Image, target: Size, generator: torch.Generator | None = None) -> tuple[Image.Image, list[int]]:
-    """The picture at the size `target`, and where its corner (top, left) was in the resized picture.
+def crop(image: Image.Image, target: Size) -> Image.Image:
+    """The middle of the picture at the size `target`.
 
-    From the centre, or, given a generator, from anywhere: it then draws the top, and the left, also where there is but
-    one choice. Lanczos, as diffusers' scripts for SDXL and this library's own image to image; those for SD 1 take
-    bilinear, which is softer, and what a model is shown of five pictures it will draw.
+    Lanczos, as diffusers' scripts for SDXL and this library's own image to image; those for SD 1 take bilinear, which
+    is softer, and what a model is shown of five pictures it will draw.
     """
     w, h = target
-    width, height = cover(image.size, target)
-    if generator is None:
-        top, left = centre((width, height), target)
-    else:
-        top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in (height - h, width - w))
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + w, top + h)), [top, left]
+    resized = image.resize(cover(image.size, target), Image.Resampling.LANCZOS)
+    top, left = centre(resized.size, target)
+    return resized.crop((left, top, left + w, top + h))
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -174,18 +175,16 @@ class Folder:
     def kinds(self) -> Tensor:
         """(n,) int64: of each picture the number of its size."""
         numbers = {size: i for i, size in enumerate(sorted({picture.target for picture in self.pictures}))}
-        return torch.tensor([numbers[picture.target] for picture in self.pictures])
+        return torch.tensor([numbers[picture.target] for picture in self.pictures], dtype=torch.int64)
 
-    def pixels(self, rows: Iterable[int] | Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures of one size: (B,3,h,w) float32 in [-1,1], and SDXL's size conditioning (B,6) float32.
+    def pixels(self, rows: Iterable[int] | Tensor) -> Tensor:
+        """Pictures of one size, cropped from the centre: (B,3,h,w) float32 in [-1,1].
 
-        That is, in its order, height and width of the original, top and left of the crop, height and width now. Crops
-        are from the centre; given a generator (of the step) they are random, see `crop`. Raises ValueError for a file
-        that is no longer the picture it was.
+        Raises ValueError for a file that is no longer the picture it was.
         """
-        images, sizes = [], []
+        images = []
         for picture in self.at(rows):
-            (width, height), (w, h) = picture.size, picture.target
+            width, height = picture.size
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # was said when the folder was opened
                 image = to_rgb(open_picture(picture.file))
@@ -194,13 +193,13 @@ class Folder:
                     f"{picture.file} was {width}x{height} when the folder was opened and is {image.width}x"
                     f"{image.height} now: leave the pictures alone while they are trained on, and start again"
                 )
-            image, corner = crop(image, picture.target, generator)
-            images.append(to_tensor(image))
-            sizes.append([height, width, *corner, h, w])
-        return torch.cat(images), torch.tensor(sizes, dtype=torch.float32)
+            images.append(to_tensor(crop(image, picture.target)))
+        return torch.cat(images)
 
-    def captions(self, rows: Iterable[int] | Tensor) -> list[str]:
-        return [picture.caption for picture in self.at(rows)]
+    @property
+    def captions(self) -> list[str]:
+        """Of all pictures, in their order."""
+        return [picture.caption for picture in self.pictures]
 
     def at(self, rows: Iterable[int] | Tensor) -> list[Picture]:
         return [self.pictures[int(row)] for row in rows]
@@ -240,7 +239,8 @@ def open_folder(
 
     Refused, by name and reason, are files that are damaged, no picture, listed but missing, listed twice, with an
     empty caption, without a use, or so small that they would be enlarged more than twice: they would teach blur.
-    Raises ValueError with that list where fewer than `least` pictures are left, and for pictures without any caption.
+    Raises ValueError with that list where fewer than `least` pictures are left (0: a folder may be empty), and for
+    pictures without any caption.
     """
     path = Path(path)
     if resolution < multiple or resolution % multiple:
@@ -378,27 +378,45 @@ def read_metadata(file: Path, name: str, listed: dict[str, list[str]], refused: 
 
 
 class Cache:
-    """Tensors computed once, a file of them for each row: read when they are asked for, so memory is flat."""
+    """Tensors computed once, a file of them for each row: read when they are asked for, so memory is flat.
+
+    A file's metadata has the checksum of its tensors, and whoever reads it checks that.
+    """
 
     def __init__(self, folder: Path, keys: Sequence[str], compute: Callable[[int], dict[str, Tensor]], what: str):
         """keys: of each row, a name for all that its tensors depend on: whatever changes gets another file.
 
-        What is there and can be read is kept, so a computation that was stopped goes on where it was.
+        What is there and whole is kept, so a computation that was stopped goes on where it was.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"{key}.safetensors" for key in keys]
         for row, file in enumerate(tqdm(self.files, what, leave=False, delay=2)):
             try:
-                load_file(file)
-            except (FileNotFoundError, SafetensorError):
+                read_checked(file)
+            except (FileNotFoundError, ValueError):
                 with torch.no_grad():
                     tensors = {name: tensor.float().cpu() for name, tensor in compute(row).items()}
-                write_file(file, tensors, {})
+                write_file(file, tensors, {"sha256": checksum(tensors)})
 
     def __call__(self, rows: Iterable[int] | Tensor) -> dict[str, Tensor]:
-        """The tensors of these rows, float32, joined along their first dimension."""
-        found = [load_file(self.files[int(row)]) for row in rows]
+        """The tensors of these rows, float32, joined along their first dimension.
+
+        Raises ValueError for a file that is no longer what was written, FileNotFoundError for one that is gone.
+        """
+        found = [read_checked(self.files[int(row)]) for row in rows]
         return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
+
+
+def read_checked(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            written = (f.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): start again, and it is computed anew") from error
+    if checksum(tensors) != written:
+        raise ValueError(f"{file} is damaged (its sha256 is another): start again, and it is computed anew")
+    return tensors
 
 
 def cache_latents(folder: Folder, vae: VAE, path: Path) -> Cache:
@@ -409,7 +427,7 @@ def cache_latents(folder: Folder, vae: VAE, path: Path) -> Cache:
     some = next(vae.parameters())
 
     def compute(row: int) -> dict[str, Tensor]:
-        return vae.encode(folder.pixels([row])[0].to(some))._asdict()
+        return vae.encode(folder.pixels([row]).to(some))._asdict()
 
     net = fingerprint(vae)
     keys = [digest(net, repr(p.target), p.file.read_bytes()) for p in folder.pictures]
@@ -425,9 +443,14 @@ def cache_texts(texts: Sequence[str], encode: Callable[[str], TextEncoding], key
 
 
 def fingerprint(net: nn.Module) -> str:
-    """The sha256 of names, shapes, types and values."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    return digest(*(part for name, t in tensors.items() for part in (f"{name} {t.dtype} {t.shape}", raw(t))))
+    """Of its parameters and buffers."""
+    return checksum(net.state_dict())
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, types, shapes and values, in the order of the names."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    return digest(*(part for name, t in own.items() for part in (f"{name} {t.dtype} {t.shape}", raw(t))))
 
 
 def raw(tensor: Tensor) -> memoryview:

@@ -10,10 +10,16 @@ from PIL import Image
 
 def plot(runs: Mapping[str, Path], file: Path) -> None:
     """A PNG with a column for each {title: folder of a run}: its loss, the mean of each 20 steps; the rate; and its
-    newest grid, if it has one. Needs matplotlib (extra `train`). Raises FileNotFoundError for a folder without a log.
+    newest grid, if it has one. Needs matplotlib (extra `train`). A run may be going on: a line that is being written is
+    left out. Raises FileNotFoundError for a folder without a log, and where `file` has no folder to be in; ValueError
+    for a log without steps, or with a line that is broken.
     """
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed: pip install matplotlib") from error
+    if not file.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{file}: the folder {file.resolve().parent} does not exist, make it first")
     logs = {title: read_log(folder) for title, folder in runs.items()}
     grids = {title: newest_grid(folder) for title, folder in runs.items()}
     heights = [3.5, 1.5, *([4.0] if any(grids.values()) else [])]
@@ -35,15 +41,25 @@ def plot(runs: Mapping[str, Path], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+COLUMNS = ("step", "loss", "lr")
+
+
 def read_log(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of a run's log.jsonl."""
+    """Columns of a run's log.jsonl, float64."""
     log = folder / "log.jsonl"
     if not log.exists():
         raise FileNotFoundError(f"{folder} has no log.jsonl: give the folder of a run, the result's name with .run")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    *lines, _ = log.read_bytes().split(b"\n")  # after the last newline is nothing, or what is being written
     if not lines:
         raise ValueError(f"{log} is empty: no step has been taken yet")
-    return {name: np.array([line[name] for line in lines]) for name in ("step", "loss", "lr")}
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            rows.append([float(found[name]) for name in COLUMNS])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{log}: line {number} is broken, no step with {', '.join(COLUMNS)}: remove it") from error
+    return dict(zip(COLUMNS, np.array(rows).T, strict=True))
 
 
 def newest_grid(folder: Path) -> Path | None:

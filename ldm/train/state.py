@@ -93,10 +93,10 @@ def newest(folder: Path) -> Path | None:
     states = paths(folder)
     for path in reversed(states):
         if is_whole(path):
+            if path != states[-1]:
+                print(f"The state before it is taken: {path}", file=sys.stderr)
             return path
-        print(
-            f"{path} is broken: its content is not that of its checksum. The state before it is taken", file=sys.stderr
-        )
+        print(f"{path} is broken: its content is not that of its checksum", file=sys.stderr)
     if states:
         raise CheckpointError(
             f"each of the {len(states)} states in {folder} is broken: put back a copy of one, or remove them to start"
@@ -117,9 +117,13 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def refuse_other(path: Path, theirs: Any, ours: Any) -> None:
-    """Raises ValueError with what differs between the settings of a state and those of the run that would go on."""
+    """Raises ValueError with what differs between the settings of a state and those of the run that would go on.
+
+    Where any of `settings` do, which are what was chosen, those alone: parameters and optimizers follow from them.
+    """
     before, now = flat(theirs), flat(json.loads(json.dumps(ours)))
     names = [name for name in before | now if before.get(name) != now.get(name)]
+    names = [name for name in names if name.startswith("settings.")] or names
     if names:
         lines = [f"    {name}: {before.get(name)} there, {now.get(name)} here" for name in names[:8]]
         raise ValueError(

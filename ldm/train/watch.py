@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,9 +15,9 @@ Watch = Callable[[int, dict[str, float]], None]  # of the step and its line in t
 SEEDS = [0, 1, 2, 3]
 
 
-def grids(pipe: Pipeline, prompts: Sequence[str], every: int, folder: Path, side: int) -> Watch:
+def grids(pipe: Pipeline, prompts: Sequence[str], every: int, folder: Path, side: int, **settings: Any) -> Watch:
     """Every so many steps folder/step-0000100.png: a row for each prompt, seeds 0 to 3, by the weights as they are
-    (not their EMA), with 20 steps and the default guidance."""
+    (not their EMA), with `settings` of `ldm.Settings`, as clip_skip, and else its defaults."""
 
     @torch.no_grad()
     def watch(step: int, line: dict[str, float]) -> None:
@@ -24,7 +25,7 @@ def grids(pipe: Pipeline, prompts: Sequence[str], every: int, folder: Path, side
             return
         sheet = Image.new("RGB", (side * len(SEEDS), side * len(prompts)))
         for row, prompt in enumerate(prompts):
-            made = pipe(prompt, seed=SEEDS, width=side, height=side, progress=False)
+            made = pipe(prompt, seed=SEEDS, width=side, height=side, progress=False, **settings)
             for column, image in enumerate(made.images):
                 sheet.paste(image, (side * column, side * row))
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,14 +35,20 @@ def grids(pipe: Pipeline, prompts: Sequence[str], every: int, folder: Path, side
 
 
 def tensorboard(folder: Path) -> Watch:
-    """loss, norm and lr of each step, as TensorBoard reads them. Needs tensorboard (the extra of that name)."""
+    """loss, norm and lr of each step, as TensorBoard reads them. Needs tensorboard (the extra of that name).
+
+    Where the run goes on from a state, what was written after that state is not drawn.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard is not installed: pip install tensorboard, or leave the option out") from error
-    writer = SummaryWriter(str(folder))
+    writer: SummaryWriter | None = None  # opened when it is known where the run begins
 
     def watch(step: int, line: dict[str, float]) -> None:
+        nonlocal writer
+        if writer is None:
+            writer = SummaryWriter(str(folder), purge_step=step)
         for name in ("loss", "norm", "lr"):
             writer.add_scalar(name, line[name], step)
         writer.flush()

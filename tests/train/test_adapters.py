@@ -217,12 +217,41 @@ def test_initial_factors():
     assert not any(map(torch.equal, (a.down for a in one.layers.values()), (a.down for a in other.layers.values())))
 
 
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_without_what_nobody_reads(layout, tmp_path):
+    """Clip skip 2 of a text encoder of three layers: every factor beside the first two learns, no other is kept."""
+
+    def adapted(*without):
+        net = TextEncoder(family.SD1.text_encoder)
+        return net, add_lora(net, 4, 6, "all-linear", generator(), (net.get_submodule(path) for path in without))
+
+    last = "text_model.encoder.layers.2"
+    _, every = adapted()
+    _, some = adapted(f"{last}.self_attn")
+    assert [path for path in every.paths if path not in some.paths] == [
+        f"{last}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+    ]
+    net, adapters = adapted(last)
+    assert adapters.paths == [path for path in every.paths if not path.startswith(last)]
+    assert len(adapters.paths) == len(every.paths) - 6 == 12
+    assert not any(p.requires_grad for p in net.parameters())
+    net(torch.arange(77)[None], clip_skip=2).context.square().sum().backward()
+    assert all(adapter.up.grad.any() for adapter in adapters.layers.values())
+    save_lora(tmp_path / "lora.safetensors", {"text_encoder": adapters}, layout)
+    names = load_file(tmp_path / "lora.safetensors").keys()
+    assert len(names) == 12 * (3 if layout == "kohya" else 2)
+    assert not any("layers.2" in name.replace("_", ".") for name in names)
+    assert any("layers.1" in name.replace("_", ".") for name in names)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0, alpha=0: use a whole rank from 1, and a finite alpha above 0"),
-        ({"rank": 4, "alpha": -1}, "rank=4, alpha=-1: use a whole rank"),
-        ({"rank": 4, "alpha": float("nan")}, "rank=4, alpha=nan"),
+        ({"rank": 0}, "^rank=0: use a whole number from 1$"),
+        ({"rank": -2, "alpha": 1}, "^rank=-2: use"),
+        ({"rank": 4, "alpha": -1}, "^alpha=-1: use a finite number above 0$"),
+        ({"rank": 4, "alpha": 0}, "^alpha=0: use"),
+        ({"rank": 4, "alpha": float("nan")}, "^alpha=nan: use"),
         ({"rank": 4, "targets": "to_q"}, "targets='to_q': use 'attention', 'all-linear', 'conv', or a list of names"),
         (
             {"rank": 4, "targets": ["to_q", "q_proj"]},

@@ -1,4 +1,4 @@
-"""The data set and what is measured on it, with made-up pictures: neither npm nor a network is needed."""
+"""The data set, what is measured on it and what is seen of a training, with made-up pictures and without a network."""
 
 import base64
 import gzip
@@ -6,6 +6,8 @@ import hashlib
 import io
 import itertools
 import json
+import re
+import sys
 import tarfile
 from collections import Counter
 from types import SimpleNamespace
@@ -13,12 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.train import curves, data, emoji, evaluate, metrics
 from ldm.train.captions import caption
 from ldm.train.judge import Judge, squared_distances, thumbnails
 from ldm.train.judge import cell_features as judge_features
-from ldm.train.plot import plot
+from ldm.train.plot import plot, read_log
+from ldm.train.watch import grids, tensorboard
 from ldm.vae.vae import Gaussian
 
 STYLES = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
@@ -267,6 +271,81 @@ class TestEvaluate:
         assert Image.open(tmp_path / "loss.png").size == (1200, 600)
         with pytest.raises(FileNotFoundError, match=r"has no log\.jsonl: give the folder of a run"):
             plot({"none": tmp_path / "none"}, tmp_path / "loss.png")
+
+
+LINES = b'{"step": 1, "loss": 0.5, "lr": 0.001}\n{"step": 2, "loss": 0.25, "lr": 0.002, "seconds": 3}\n'
+
+
+class TestLog:
+    @pytest.mark.parametrize("written", [b"", b"{", b'{"step": 3, "lo', b'{"step": 3, "loss": 1.0, "lr": 1.0}'])
+    def test_what_is_being_written_is_left_out(self, written, tmp_path):
+        (tmp_path / "log.jsonl").write_bytes(LINES + written)
+        columns = {name: column.tolist() for name, column in read_log(tmp_path).items()}
+        assert columns == {"step": [1, 2], "loss": [0.5, 0.25], "lr": [0.001, 0.002]}
+
+    @pytest.mark.parametrize("line", [b"", b"{", b"[1]", b"3", b"\0\0", b"\xff", b'{"step": 3, "loss": 1.0}'])
+    def test_broken_lines(self, line, tmp_path):
+        log = tmp_path / "log.jsonl"
+        log.write_bytes(LINES + line + b"\n" + LINES)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(log))}: line 3 is broken, .* remove it"):
+            read_log(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b'{"step": 1'])
+    def test_no_step(self, content, tmp_path):
+        (tmp_path / "log.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=r"log\.jsonl is empty: no step has been taken yet"):
+            read_log(tmp_path)
+
+    def test_where_nothing_can_be_drawn(self, tmp_path, monkeypatch):
+        (tmp_path / "log.jsonl").write_bytes(LINES)
+        with pytest.raises(FileNotFoundError, match=r"a\.png: the folder .*none does not exist, make it first"):
+            plot({"run": tmp_path}, tmp_path / "none" / "a.png")
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ValueError, match="matplotlib is not installed: pip install matplotlib"):
+            plot({"run": tmp_path}, tmp_path / "a.png")
+
+
+class TestWatch:
+    def test_grids(self, tmp_path):
+        """A row for each prompt, a column for each seed."""
+        calls = []
+
+        def pipe(prompt, *, seed, width, height, **settings):
+            calls.append((prompt, width, height, settings))
+            colours = [(len(prompt), 10 + s, 0) for s in seed]
+            return SimpleNamespace(images=[Image.new("RGB", (width, height), colour) for colour in colours])
+
+        watch = grids(pipe, ["1", "22", "333"], 5, tmp_path / "samples", 8, clip_skip=2, steps=7)
+        for step in range(1, 12):
+            watch(step, {})
+        assert sorted(file.name for file in (tmp_path / "samples").iterdir()) == [
+            "step-0000005.png",
+            "step-0000010.png",
+        ]
+        sheet = np.asarray(Image.open(tmp_path / "samples" / "step-0000010.png"))
+        assert sheet.shape == (3 * 8, 4 * 8, 3)
+        for row, column in itertools.product(range(3), range(4)):
+            part = sheet[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            assert (part == (row + 1, 10 + column, 0)).all()
+        settings = {"progress": False, "clip_skip": 2, "steps": 7}
+        assert calls == [(prompt, 8, 8, settings) for prompt in ["1", "22", "333"]] * 2
+
+    def test_tensorboard_of_a_run_that_goes_on(self, tmp_path):
+        """The steps after its last state are drawn once, as they were taken the second time."""
+        for steps, loss in ((range(1, 7), 1.0), (range(4, 9), 2.0)):
+            watch = tensorboard(tmp_path / "events")
+            for step in steps:
+                watch(step, {"loss": loss, "norm": 2 * loss, "lr": 4 * loss})
+        events = EventAccumulator(str(tmp_path / "events")).Reload()
+        for name, scale in (("loss", 1), ("norm", 2), ("lr", 4)):
+            drawn = [(event.step, event.value) for event in events.Scalars(name)]
+            assert drawn == [(step, (1 if step < 4 else 2) * scale) for step in range(1, 9)]
+
+    def test_without_tensorboard(self, tmp_path, monkeypatch):
+        """It is said before the first step."""
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(ValueError, match="tensorboard is not installed: pip install tensorboard"):
+            tensorboard(tmp_path)
 
 
 class TestMetrics:

@@ -27,6 +27,10 @@ def steps(folder):
     return [state.step_of(path) for path in state.paths(folder)]
 
 
+def said(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
     return write(tmp_path_factory.mktemp("content"), 3).read_bytes()
@@ -82,16 +86,19 @@ class TestBroken:
     def test_the_one_before_is_taken(self, content, tmp_path, capsys):
         write(tmp_path, 1, 2, 3)
         first, second, third = state.paths(tmp_path)
+        assert state.newest(tmp_path) == third
+        assert said(capsys) == []
+        broken = "is broken: its content is not that of its checksum"
         third.write_bytes(b"")
         assert state.newest(tmp_path) == second
-        assert capsys.readouterr().err.startswith(f"{third} is broken")
+        assert said(capsys) == [f"{third} {broken}", f"The state before it is taken: {second}"]
         second.write_bytes(content[:-1])
         assert state.newest(tmp_path) == first
-        err = capsys.readouterr().err
-        assert err.index(str(third)) < err.index(str(second))
+        assert said(capsys) == [f"{third} {broken}", f"{second} {broken}", f"The state before it is taken: {first}"]
         first.write_bytes(content[1:])
         with pytest.raises(CheckpointError, match=r"each of the 3 states in .* is broken"):
             state.newest(tmp_path)
+        assert said(capsys) == [f"{path} {broken}" for path in (third, second, first)]
 
     def test_what_the_disk_cannot_read(self, tmp_path, monkeypatch):
         write(tmp_path, 1, 2)
@@ -184,3 +191,17 @@ def test_differences(tmp_path):
     first, *lines = str(error.value).splitlines()
     assert first.endswith("2 differ:")
     assert lines == ["    a.b: 1 there, 2 here", "    e: None there, 5 here"]
+
+
+def test_differences_of_settings(tmp_path):
+    """They are shown alone: of what follows from them there is more than is shown at all."""
+    shapes = {f"net.{i}": [4, 4] for i in range(20)}
+    before = {"rate": {"steps": 9}, "parameters": shapes, "settings": {"rank": 4, "pictures": {"count": 5}, "seed": 0}}
+    now = {"rate": {"steps": 9}, "parameters": {}, "settings": {"rank": 8, "pictures": {"count": 6}, "seed": 0}}
+    with pytest.raises(ValueError) as error:
+        state.refuse_other(tmp_path, before, now)
+    first, *lines = str(error.value).splitlines()
+    assert first.endswith("2 differ:")
+    assert lines == ["    settings.rank: 4 there, 8 here", "    settings.pictures.count: 5 there, 6 here"]
+    with pytest.raises(ValueError, match=r"20 differ:\n    parameters\.net\.0: \[4, 4\] there, None here"):
+        state.refuse_other(tmp_path, before, now | {"settings": before["settings"]})
