@@ -11,7 +11,7 @@ from ldm.pipeline import Pipeline
 from ldm.train import processes
 from ldm.train.loop import step_generator
 from ldm.train.objective import draw, encode
-from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, centre, cover, fingerprint
+from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, fingerprint
 from ldm.train.training import Training
 
 
@@ -22,7 +22,7 @@ class Batches:
         self.pipe, self.folders, self.training = pipe, folders, training
         with processes.first():
             self.latents = [cache_latents(folder, pipe.vae, work / "latents") for folder in folders]
-            self.texts = [] if training.text_encoder else [self.encoded(captions(folder), work) for folder in folders]
+            self.texts = [] if training.text_encoder else [self.encoded(folder.captions, work) for folder in folders]
             self.empty = {} if training.text_encoder else self.encoded([""], work)([0])
         if pipe.zero_negative:  # what guidance leads away from, where nobody says from what
             self.empty = {name: torch.zeros_like(value) for name, value in self.empty.items()}
@@ -72,15 +72,4 @@ class Batches:
             names = ["context", "pooled"] if xl else ["context"]
             both = [(torch.cat([f[name] for f in found]), self.empty[name][0]) for name in names]
             values = [how.objective.with_dropout(value, empty, draws) for value, empty in both]
-        return values + ([torch.tensor([size_numbers(picture) for picture in pictures])] if xl else [])
-
-
-def captions(folder: Folder) -> list[str]:
-    return [picture.caption for picture in folder.pictures]
-
-
-def size_numbers(picture: Any) -> list[float]:
-    """SDXL's: height and width of the original, top and left of the crop from the centre, height and width now."""
-    (width, height), (w, h) = picture.size, picture.target
-    top, left = centre(cover(picture.size, picture.target), picture.target)
-    return [float(n) for n in (height, width, top, left, h, w)]
+        return values + ([torch.tensor([picture.size_numbers() for picture in pictures])] if xl else [])
