@@ -225,7 +225,9 @@ class Diffusion(nn.Module):
 def unread(unet: UNet, encoders: Sequence[TextEncoder], clip_skip: int) -> list[nn.Module]:
     """The modules of the text encoders on which neither the context depends nor SDXL's pooled vector."""
     modules: list[nn.Module] = []
-    for encoder in encoders if unet.config.vector_width is None else encoders[:-1]:
+    for encoder in encoders:
+        if encoder is encoders[-1] and unet.config.vector_width is not None:
+            continue  # all of it is read
         c, model = encoder.config, encoder.text_model
         modules += model.encoder.layers[c.layers - c.skip - clip_skip + 1 :]
         modules += [] if c.final_norm else [model.final_layer_norm]
