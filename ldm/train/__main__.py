@@ -216,10 +216,10 @@ def parser() -> argparse.ArgumentParser:
     training_arguments(word, without=["prior_weight", *OF_NETS], steps=3000)
     word.set_defaults(function=embedding_verb)
 
-    curves = verbs.add_parser("plot", help="draw the logs and the newest samples of runs")
-    curves.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folders with a log.jsonl")
-    curves.add_argument("--out", type=Path, default=Path("runs.png"), help="default %(default)s")
-    curves.set_defaults(function=plot_verb)
+    logs = verbs.add_parser("plot", help="draw the logs and the newest samples of runs")
+    logs.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folders with a log.jsonl")
+    logs.add_argument("--out", type=Path, default=Path("runs.png"), help="default %(default)s")
+    logs.set_defaults(function=plot_verb)
 
     for verb in ["emoji", *PARTS, "curves"]:
         part = verbs.add_parser(verb)

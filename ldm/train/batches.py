@@ -20,6 +20,7 @@ class Batches:
 
     def __init__(self, pipe: Pipeline, folders: Sequence[Folder], work: Path, training: Training):
         self.pipe, self.folders, self.training = pipe, folders, training
+        self.encoders = " ".join(fingerprint(encoder) for _, encoder in pipe._encoders())
         with processes.first():
             self.latents = [cache_latents(folder, pipe.vae, work / "latents") for folder in folders]
             self.texts = [] if training.text_encoder else [self.encoded(folder.captions, work) for folder in folders]
@@ -30,13 +31,12 @@ class Batches:
     def encoded(self, texts: Sequence[str], work: Path) -> Cache:
         """As in a training of the text encoders: what a text has beyond their length is cut off."""
         tokenizers, encoders = zip(*self.pipe._encoders(), strict=True)
-        key = " ".join(fingerprint(encoder) for encoder in encoders)
 
         def encoding(text: str) -> Any:
             ids = [tokenizer([text]).to(self.pipe.device) for tokenizer in tokenizers]
             return encode(encoders, ids, self.training.clip_skip)
 
-        return cache_texts(texts, encoding, f"{key} {self.training.clip_skip}", work / "texts")
+        return cache_texts(texts, encoding, f"{self.encoders} {self.training.clip_skip}", work / "texts")
 
     def facts(self) -> list[dict[str, str]]:
         """What the pictures and their captions are, of each folder, to notice another one: {name: digests}."""

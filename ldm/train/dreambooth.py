@@ -287,8 +287,8 @@ def fill(run: Run, folder: Path, prompt: str, count: int) -> None:
         raise ValueError(f"class_images={str(folder)!r} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     missing = count - len(run.open(folder, prompt, least=0))
-    free = (seed for seed in itertools.count() if not (folder / f"class-{seed:05}.png").exists())
-    seeds = list(itertools.islice(free, max(0, missing)))
+    unused = (seed for seed in itertools.count() if not (folder / f"class-{seed:05}.png").exists())
+    seeds = list(itertools.islice(unused, max(0, missing)))
     for start in tqdm(range(0, len(seeds), 4), f"drawing {prompt!r} into {folder}", disable=not seeds):
         some = seeds[start : start + 4]
         side, skip = run.side, run.training.clip_skip
