@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ldm.pipeline import Pipeline
 from ldm.train import processes
+from ldm.train.caches import Cache, cache_latents, cache_texts, fingerprint
 from ldm.train.loop import step_generator
 from ldm.train.objective import draw, encode
-from ldm.train.pictures import Cache, Folder, cache_latents, cache_texts, fingerprint
+from ldm.train.pictures import Folder
 from ldm.train.training import Training
 
 

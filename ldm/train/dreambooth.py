@@ -28,15 +28,25 @@ from ldm.pipeline import DEFAULT_MODEL, Pipeline
 from ldm.train import processes
 from ldm.train.adapters import add_lora, save_lora
 from ldm.train.batches import Batches
+from ldm.train.caches import digest, fingerprint
 from ldm.train.embedding import Embedding, save_embedding
 from ldm.train.loop import train
 from ldm.train.objective import Diffusion, blocks, check_target, unread
-from ldm.train.pictures import Folder, digest, fingerprint, open_folder
+from ldm.train.pictures import Folder, open_folder
 from ldm.train.training import Training
 from ldm.train.watch import both, grids, tensorboard
 from ldm.unet import UNet
 
 SUBJECT, WORD = Training(), Training(steps=3000)
+ENCODERS = ("text_encoder", "text_encoder_2")
+LAYOUTS = {"whole nets": ("kohya",), "a LoRA": ("kohya", "peft"), "an embedding": ("diffusers", "webui")}
+RATES = {"whole nets": 2e-6, "a LoRA": 1e-4, "an embedding": 5e-4}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+# What may be another when a run goes on: the loop has its own rule for the rates.
+FREE = (
+    *("steps", "schedule", "warmup", "sample_prompts", "sample_every", "tensorboard", "checkpointing", "shard"),
+    *("save_minutes", "save_steps", "keep"),
+)
 
 
 def dreambooth(
@@ -295,14 +305,3 @@ def fill(run: Run, folder: Path, prompt: str, count: int) -> None:
         made = run.pipe(prompt, seed=some, width=side, height=side, clip_skip=skip, progress=False)
         for seed, image in zip(some, made.images, strict=True):
             save(image, folder / f"class-{seed:05}.png", prompt)
-
-
-ENCODERS = ("text_encoder", "text_encoder_2")
-LAYOUTS = {"whole nets": ("kohya",), "a LoRA": ("kohya", "peft"), "an embedding": ("diffusers", "webui")}
-RATES = {"whole nets": 2e-6, "a LoRA": 1e-4, "an embedding": 5e-4}
-ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-# What may be another when a run goes on: the loop has its own rule for the rates.
-FREE = (
-    *("steps", "schedule", "warmup", "sample_prompts", "sample_every", "tensorboard", "checkpointing", "shard"),
-    *("save_minutes", "save_steps", "keep"),
-)

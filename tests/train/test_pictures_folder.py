@@ -19,17 +19,14 @@ from safetensors.torch import save as saved
 
 from ldm.clip import TextEncoding
 from ldm.image import to_tensor
+from ldm.train.caches import Cache, cache_latents, cache_texts, fingerprint
 from ldm.train.loop import batch_indices
 from ldm.train.pictures import (
-    Cache,
     Picture,
     batch_rows,
     buckets,
-    cache_latents,
-    cache_texts,
     cover,
     crop,
-    fingerprint,
     natural,
     nearest_bucket,
     open_folder,
