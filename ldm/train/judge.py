@@ -73,9 +73,8 @@ class Judge:
         distance[np.ix_(~self.held_out[target], self.held_out)] = np.inf
         found = nearest(distance) == target[:, None]
         for i, (concept, pair) in enumerate(zip(target, wanted, strict=True)):
-            if pair in self.pictures and (k := self.counts[concept]) > 1:
-                others = (k * self.means[concept] - self.pictures[pair]) / (k - 1)
-                distance[i, concept] = ((z[i] - others) ** 2).sum()
+            if pair in self.pictures and self.counts[concept] > 1:
+                distance[i, concept] = ((z[i] - self.others(concept, pair)) ** 2).sum()
         guess = (batched(self._style_features, images) @ self.ridge).argmax(1)
         style = guess == np.array([self.styles[style] for _, style in wanted])
         return {
@@ -85,6 +84,11 @@ class Judge:
             "style": float(style.mean()),
             "both": float((found.any(1) & style).mean()),
         }
+
+    def others(self, concept: int, pair: tuple[str, str]) -> np.ndarray:
+        """The mean of a concept's pictures without that of the pair (768,)."""
+        k = self.counts[concept]
+        return (k * self.means[concept] - self.pictures[pair]) / (k - 1)
 
     def _style_features(self, images: np.ndarray) -> np.ndarray:
         components = (thumbnails(images) - self.small_mean) @ self.basis.T

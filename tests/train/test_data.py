@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.train import curves, data, emoji, evaluate, metrics
@@ -108,6 +109,9 @@ class TestJudge:
         mine = [judge.pictures["0003", style] for style in STYLES if ("0003", style) in judge.pictures]
         assert len(mine) == judge.counts[concept] == 3  # of four styles one is in test_pair
         np.testing.assert_allclose(np.mean(mine, axis=0), judge.means[concept], rtol=1e-4, atol=1e-4)
+        style = next(style for style in STYLES if ("0003", style) in judge.pictures)  # that of the first of them
+        others = judge.others(concept, ("0003", style))
+        np.testing.assert_allclose(np.mean(mine[1:], axis=0), others, rtol=1e-4, atol=1e-4)
 
     def test_unknown_style_is_an_error(self, judge):
         with pytest.raises(ValueError, match=r"unknown styles \['oil'\].*'blue'"):
@@ -355,6 +359,19 @@ class TestMetrics:
         assert metrics.psnr(a, b) == pytest.approx(20 * np.log10(255 / 20))
         assert metrics.ssim(a, b) == pytest.approx((2 * 100 * 120 + 2.55**2) / (100**2 + 120**2 + 2.55**2))
         assert metrics.ssim(a, a) == 1
+
+    def test_ssim_is_the_definition(self):
+        """Means, variances and covariance in Gaussian windows of 1.5 pixels, 11 wide; without a border of 5."""
+        a, b = np.random.default_rng(0).integers(0, 256, (2, 1, 20, 24, 3), dtype=np.uint8)
+        x, y = a[0].astype(float), b[0].astype(float)
+
+        def mean(values):
+            return gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)
+
+        mx, my, c1, c2 = mean(x), mean(y), 2.55**2, 7.65**2
+        vx, vy, both = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+        every = (2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+        assert metrics.ssim(a, b) == pytest.approx(every[5:-5, 5:-5].mean(), rel=1e-6)
 
     def test_copies_and_apart(self):
         a, b = np.full((2, 64, 64, 3), 100, np.uint8), np.full((3, 64, 64, 3), 151, np.uint8)
