@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm.clip.prompt import PromptPlan
 from ldm.unet import UNet
-from ldm.unet.transformer import Attention, SpatialTransformer
+from ldm.unet.transformer import Attention, SpatialTransformer, TransformerBlock
 
 
 class Maps(Mapping[str, Tensor]):
@@ -121,12 +121,11 @@ def capture(unet: UNet) -> Iterator[Maps]:
         return catch
 
     hooks = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
-    for name, transformer in unet.named_modules():
-        if isinstance(transformer, SpatialTransformer):
-            hooks.append(transformer.register_forward_pre_hook(measure))
-            for i, block in enumerate(transformer.transformer_blocks):
-                layer = f"{name}.transformer_blocks.{i}.attn2"
-                hooks.append(block.attn2.to_q.register_forward_hook(catcher(layer, block.attn2)))
+    for name, module in unet.named_modules():
+        if isinstance(module, SpatialTransformer):
+            hooks.append(module.register_forward_pre_hook(measure))
+        elif isinstance(module, TransformerBlock):
+            hooks.append(module.attn2.to_q.register_forward_hook(catcher(f"{name}.attn2", module.attn2)))
     try:
         yield maps
     finally:
