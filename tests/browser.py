@@ -1,6 +1,7 @@
 """A headless Chromium, driven over two pipes: its DevTools protocol, JSON objects that each end in a zero byte."""
 
 import base64
+import fcntl
 import io
 import json
 import os
@@ -27,19 +28,19 @@ class Browser:
                 f"no browser: none of {', '.join(NAMES)} is installed here (Debian: apt install chromium)"
             )
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        theirs_in, self.to = os.pipe()
-        self.back, theirs_out = os.pipe()
+        (theirs_in, self.to), (self.back, theirs_out) = os.pipe(), os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out)]
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         options += ["--remote-debugging-pipe", f"--user-data-dir={self.profile.name}", "about:blank"]
         self.process = subprocess.Popen(
-            # The protocol's descriptors are 3 and 4.
-            ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', program, *options],
-            pass_fds=(theirs_in, theirs_out),
+            [program, *options],
+            close_fds=False,  # Python's own close by themselves
+            preexec_fn=lambda: [os.dup2(end, i) for i, end in enumerate(ends, 3)],  # the protocol's are 3 and 4
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for end in (theirs_in, theirs_out, *ends):
+            os.close(end)
         os.set_blocking(self.back, False)
         self.read, self.asked, self.session, self.events = b"", 0, None, []
         (target,) = (t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")

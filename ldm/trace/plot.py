@@ -32,7 +32,7 @@ def plot(trace: Trace, picture: int, decode: Decode | None) -> "Figure":
     if words:
         heat = trace.attention(picture).nanmean(dim=0)  # (words,h,w)
         for axes, (i, word) in zip(maps[0].subplots(1, ACROSS), words, strict=False):
-            axes.imshow(heat[i], cmap="inferno", vmin=0)
+            axes.imshow(heat[i].numpy(), cmap="inferno", vmin=0)
             axes.set_title(f"{word}\nup to {float(heat[i].max()):.2g}", fontsize=9, parse_math=False)
     for part in (sheet, *maps):
         for axes in part.axes:
@@ -41,7 +41,7 @@ def plot(trace: Trace, picture: int, decode: Decode | None) -> "Figure":
 
 
 def draw_curves(trace: Trace, picture: int, places: "np.ndarray[tuple[int], np.dtype[np.object_]]") -> None:
-    curves = {name: values if name == "sigma" else values[:, picture] for name, values in trace.curves().items()}
+    curves = {n: (values if n == "sigma" else values[:, picture]).numpy() for n, values in trace.curves().items()}
     sigma, norms, cosine, scale = places
     sigma.plot(curves["sigma"], ".-", label="sigma")
     sigma.set(title="noise level σ", yscale="log")
@@ -53,8 +53,8 @@ def draw_curves(trace: Trace, picture: int, places: "np.ndarray[tuple[int], np.d
     cosine.set(title="cosine of eps_cond and eps_uncond")
     scale.plot(curves["scale"])
     scale.set(title="guidance scale in effect")
-    if (largest := curves["scale"].nan_to_num().abs().max()) > 0:
-        scale.set_ylim(min(0, 1.1 * float(curves["scale"].nan_to_num().min())), 1.1 * float(largest))
+    if np.isfinite(curves["scale"]).any():
+        scale.set_ylim(min(0, 1.1 * np.nanmin(curves["scale"])), max(0, 1.1 * np.nanmax(curves["scale"])))
     for axes in places:
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
