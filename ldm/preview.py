@@ -1,6 +1,6 @@
 """Latents as pictures without the VAE: its best linear map, rgb = W z + b, a pixel for each latent.
 
-    preview = ldm.preview.fit(pipe)
+    preview = fit(pipe)
     pipe("a red heart", callback=lambda step: show(to_images(preview(step.x0))))
 
 A few multiplications a pixel, where a step of the net has millions. x0 is in the VAE's scale; an x at sigma is brought
