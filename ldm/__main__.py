@@ -330,7 +330,9 @@ def trace_arguments(p: argparse.ArgumentParser) -> None:
         help=f"a name that ends in {', '.join(TRACES)} (default run.html); a number is added if it exists",
     )
     p.add_argument("--force", action="store_true", help="write over the output if it exists")
-    p.add_argument("--beside", type=Path, metavar="TRACE", help="a second trace on the page")
+    p.add_argument(
+        "--beside", type=Path, metavar="TRACE", help="a second trace on the page, which shows the first picture of each"
+    )
     settings_arguments(p)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 

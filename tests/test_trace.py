@@ -144,6 +144,12 @@ class TestPictures:
         assert trace.pictures("x", decode=pipe.decode)[-1].tobytes() == final.tobytes()
         assert trace.pictures("x0", decode=pipe.decode)[-1].size == (64, 64)
 
+    def test_x_is_brought_to_the_scale_of_the_vae(self):
+        """At sigma 1, x = (3, 4) is shown as (3, 4) / sqrt(2)."""
+        given = []
+        made().pictures("x", decode=lambda z: given.append(z) or torch.zeros(1, 3, 1, 1))
+        assert torch.allclose(torch.cat(given).flatten(), torch.tensor([3 / 2**0.5, 4 / 2**0.5, 3, 4]))
+
     def test_plot(self, trace, pipe, tmp_path):
         pytest.importorskip("matplotlib")
         figure = trace.plot()
