@@ -1,6 +1,7 @@
 """Stable Diffusion from scratch: `ldm.Pipeline.from_pretrained()("a red heart").images[0]`."""
 
 from ldm.inspection import inspect
+from ldm.maps import capture
 from ldm.output import Output
 from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
@@ -8,4 +9,4 @@ from ldm.settings import Settings
 
 __version__ = "0.1.0"
 
-__all__ = ["SAMPLERS", "Output", "Pipeline", "Settings", "inspect"]
+__all__ = ["SAMPLERS", "Output", "Pipeline", "Settings", "capture", "inspect"]

@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.checkpoint import CheckpointError
 from ldm.convert import convert
 from ldm.guidance import GUIDANCES
-from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, save, to_rgb
+from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, place, save, to_rgb
 from ldm.inspection import inspect
 from ldm.output import Output
 from ldm.parameters import read, split
@@ -24,9 +24,11 @@ from ldm.pipeline import Pipeline
 from ldm.replay import here, options_of, recipe
 from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
 from ldm.settings import CHOICES, Settings
+from ldm.trace import Trace, record
 from ldm.verify import HEADER, line, matches, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRACES = (".html", ".safetensors", ".png", ".svg", ".pdf")
 
 
 def open_image(option: str, file: Path | None) -> Image.Image | None:
@@ -191,6 +193,52 @@ def replay(a: argparse.Namespace) -> None:
         print(f"ldm: warning: the pixels are not those of {a.file}", file=sys.stderr)
 
 
+def trace(a: argparse.Namespace) -> None:
+    """Make pictures and record how, step by step: as a page, a plot, or a trace to compare; or show such a trace."""
+    kind = a.output.suffix.lower()
+    if kind not in TRACES:
+        raise ValueError(f"output {a.output}: give a name that ends in {', '.join(TRACES)}")
+    if not a.output.resolve().parent.is_dir():
+        raise ValueError(f"output {a.output}: the folder {a.output.resolve().parent} does not exist, make it first")
+    if a.beside is not None and kind != ".html":
+        raise ValueError(f"--beside with the output {a.output}: two traces stand on a page, give a name in .html")
+    beside = None if a.beside is None else Trace.load(a.beside)
+    decode = None
+    if len(a.prompt) == 1 and a.prompt[0].endswith(".safetensors"):
+        made = Trace.load(a.prompt[0])
+    else:
+        pipe, settings = prepared(a)
+        decode = pipe.decode
+        made = record(pipe, settings, a.output if kind == ".safetensors" else None, not a.quiet, a.force)
+    if kind == ".html":
+        saved = made.to_html(a.output, beside, decode=decode, force=a.force)
+    elif kind == ".safetensors":
+        saved = made.save(a.output, a.force) if decode is None or made.file is None else made.file
+    else:
+        figure = made.plot(decode=decode)
+        saved = place(a.output, lambda part: figure.savefig(part, format=kind[1:], dpi=110), a.force)
+    print(saved)
+
+
+def traced(file: Path, quiet: bool) -> Trace:
+    """A trace, or that of the run which a picture is from."""
+    if file.suffix == ".safetensors":
+        return Trace.load(file)
+    made = recipe(read(file), generate_parser())
+    if made.problems:
+        raise ValueError(f"{file}: no command makes it again: {'; '.join(made.problems)}")
+    made.check_files()
+    return record(*prepared(generate_parser().parse_args(made.argv)), progress=not quiet)
+
+
+def compare(a: argparse.Namespace) -> None:
+    """Say where two runs part, by how much, and which settings differ. Exit code 0: the same, 1: not, 2: an error."""
+    found = traced(a.a, a.quiet).compare(traced(a.b, a.quiet))
+    print(found)
+    if not found.equal:
+        sys.exit(1)
+
+
 def inspect_(a: argparse.Namespace) -> None:
     """Say what a file or folder is, without loading it: a model, a VAE, a LoRA, an embedding, ..."""
     bad = False
@@ -272,6 +320,29 @@ def replay_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def trace_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("prompt", nargs="+", help="what to draw, as in `ldm generate`; or a trace's name, to show it")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("run.html"),
+        help=f"a name that ends in {', '.join(TRACES)} (default run.html); a number is added if it exists",
+    )
+    p.add_argument("--force", action="store_true", help="write over the output if it exists")
+    p.add_argument(
+        "--beside", type=Path, metavar="TRACE", help="a second trace on the page, which shows the first picture of each"
+    )
+    settings_arguments(p)
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def compare_arguments(p: argparse.ArgumentParser) -> None:
+    for name in "ab":
+        p.add_argument(name, type=Path, help="a trace (.safetensors), or a picture that ldm made, which is run again")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def choice(name: str) -> dict[str, Any]:
     """argparse's options for a setting that is one of a few words."""
     default = {field.name: field.default for field in fields(Settings)}[name]
@@ -292,6 +363,13 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max-bytes", type=number_of_bytes, metavar="SIZE", help="the best quality that fits, e.g. 200k for 200,000"
     )
+    settings_arguments(p)
+    p.add_argument("--plan", action="store_true", help="say what --strength means here, and draw nothing")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def settings_arguments(p: argparse.ArgumentParser) -> None:
+    """What a run is made of."""
     p.add_argument("-n", type=int, default=1, metavar="COUNT", help="pictures, with seeds SEED, SEED+1, ...")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
     p.add_argument("--steps", type=int, default=20, help="evaluations of the net, 1 to 1000 (default 20)")
@@ -369,14 +447,14 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vae-dtype", choices=DTYPES, help="of the VAE (default: as --dtype, but float32 for SDXL's)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="where the model does not say")
-    p.add_argument("--plan", action="store_true", help="say what --strength means here, and draw nothing")
-    p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 VERBS = {
     generate: generate_arguments,
     info: info_arguments,
     replay: replay_arguments,
+    trace: trace_arguments,
+    compare: compare_arguments,
     inspect_: inspect_arguments,
     convert_: convert_arguments,
     verify_: verify_arguments,
@@ -396,7 +474,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         a.function(a)
     except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
-        sys.exit(f"ldm: error: {error or 'out of memory: make a smaller picture, or give --tile'}")
+        said = f"ldm: error: {error or 'out of memory: make a smaller picture, or give --tile'}"
+        if a.function is compare:  # where 1 is an answer
+            print(said, file=sys.stderr)
+            sys.exit(2)
+        sys.exit(said)
     except KeyboardInterrupt:
         sys.exit("ldm: stopped, nothing more was written")
 

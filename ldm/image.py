@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
@@ -209,9 +209,15 @@ def save(
         data = encode(image, format, parameters, QUALITY if quality is None else quality)
     else:
         data = encode_within(image, format, parameters, max_bytes)
+    return place(file, lambda part: part.write_bytes(data), force)
+
+
+def place(file: Path, write: Callable[[Path], Any], force: bool = False) -> Path:
+    """What `write` writes, whole or not at all, as `file`, or under the name that is free; which is returned. `force`:
+    over what has that name."""
     part = file.with_name(f".{os.getpid()}.part")
     try:
-        part.write_bytes(data)
+        write(part)
         if force:
             part.replace(file.resolve())
             return file

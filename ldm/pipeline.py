@@ -42,6 +42,7 @@ from ldm.vae import VAE, strips
 
 if TYPE_CHECKING:
     from ldm.lora import Lora
+    from ldm.trace import Trace
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
 
@@ -202,6 +203,11 @@ class Pipeline:
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
         made = self._edited(settings, progress, callback)
+        options = self.made_of(settings)
+        return replace(made, settings=settings, seeds=settings.seeds, model=self.name, options=options)
+
+    def made_of(self, settings: Settings) -> dict[str, Any]:
+        """What a run has beside its settings, by the names of the command line's options."""
         options = dict(self._options)
         if self.loras:
             options["lora"] = [(lora.path, lora.scale) for lora in self.loras]
@@ -209,7 +215,7 @@ class Pipeline:
             options["embedding"] = self._embeddings
         if settings.refiner is not None:
             options["refiner"] = settings.refiner._options.get("model", DEFAULT_MODEL)
-        return replace(made, settings=settings, seeds=settings.seeds, model=self.name, options=options)
+        return options
 
     def _edited(self, s: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
         """One run, or those of an edit that is several."""
@@ -275,6 +281,19 @@ class Pipeline:
         one_run(s, "a stream shows one run")
         with torch.set_grad_enabled(grad):
             return self._tiled(s.tiling)._begin(s).steps
+
+    def trace(
+        self, prompt: str | list[str] = "", *, file: str | Path | None = None, progress: bool = True, **settings: Any
+    ) -> "Trace":
+        """The same call, recorded step by step, to be looked at, plotted and compared: see `ldm.trace.Trace`.
+
+        file: a .safetensors that the steps are written to instead of being kept in memory. Raises ValueError as
+        `stream`.
+        """
+        from ldm.trace import record
+
+        check_names(settings)
+        return record(self, Settings(prompt, **settings), file, progress)
 
     def invert(
         self,

@@ -55,3 +55,24 @@ def test_loop(tmp_path, monkeypatch):
     again = np.asarray(backwards["pictures"][0], float) - np.asarray(inpainting["heart"].images[0], float)
     assert np.abs(again).mean() < 8
     assert gradients["loss"] < 1.8  # from 2.05
+
+
+def test_step(tmp_path, monkeypatch, capsys):
+    """What it prints is what stands there, and what it says about that is so."""
+    page = (ROOT / "docs/step.md").read_text()
+    names = run("docs/step.md", tmp_path, monkeypatch)[-1]
+    told = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
+    number = r"-?\d[\d,]*\.?\d*(?:e-?\d+)?"
+    for got, stands in zip(capsys.readouterr().out.splitlines(), "".join(told).splitlines(), strict=True):
+        assert re.sub(number, "", got).split() == re.sub(number, "", stands).split()
+        if "ulp" not in got and "recorded" not in got:
+            values = [[float(n.replace(",", "")) for n in re.findall(number, line)] for line in (got, stands)]
+            assert values[0] == pytest.approx(values[1], rel=0.02)
+    step, trace = names["step"], names["trace"]
+    assert (names["x0"] - step.x0).abs().max() < 1e-5 > (names["x_next"] - step.x).abs().max()
+    assert [d.quantity for d in trace.compare(names["other"]).first[:3]] == ["eps", "x0", "x"]
+    share = dict(zip(trace.words[0], trace.attention().mean(dim=0), strict=True))
+    in_the_middle = {word: float(heat[2:6, 2:6].mean() / heat.mean()) for word, heat in share.items()}
+    assert min(in_the_middle[word] for word in ("red", "heart")) > 1.5 > 1.3 > in_the_middle["style"] > 0.8
+    assert sum(share.values()).max() < 0.6  # most of it goes to the ends of the text
+    assert names["page"].stat().st_size > 100_000

@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -76,11 +77,15 @@ def number(text: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """What becomes of a prompt: `chunks` of token ids with their weights, each of at most 75. Print it to see them."""
+    """What becomes of a prompt: `chunks` of token ids with their weights, each of at most 75. Print it to see them.
+
+    words: each with the places of its tokens in the context (B,77n,width); brackets, weights and BREAK are none.
+    """
 
     pieces: list[tuple[str, float]]
     chunks: list[tuple[list[int], list[float]]]
     tokens: list[list[str]]
+    words: list[tuple[str, list[int]]]
 
     def __str__(self) -> str:
         lines = []
@@ -121,7 +126,10 @@ def plan(prompt: str, tokenizer: Tokenizer, weighted: bool = True) -> PromptPlan
             chunks[-1][1].extend([weight] * len(unit))
     if len(chunks) > 1 and not chunks[-1][0]:  # nothing follows the last BREAK
         chunks.pop()
-    return PromptPlan(pieces, chunks, [[names[i] for i in ids] for ids, _ in chunks])
+    places = iter(tokenizer.length * i + 1 + j for i, (ids, _) in enumerate(chunks) for j in range(len(ids)))
+    spelled = [word for text, weight in pieces if not math.isnan(weight) for word in tokenizer.spelled(text)]
+    words = [(word, list(islice(places, count))) for word, count in spelled]
+    return PromptPlan(pieces, chunks, [[names[i] for i in ids] for ids, _ in chunks], words)
 
 
 def encode(

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -102,19 +102,43 @@ class Tokenizer:
 
         No letter or digit of an added word touches another one.
         """
+        return [unit for _, _, units in self.pieces(text) for unit in units]
+
+    def pieces(self, text: str) -> Iterator[tuple[str, int, list[list[int]]]]:
+        """The pieces of a cleaned text: each as it stands there, where it begins, and its units."""
         words = [
             r"(?<![^\W_])" * word[0].isalnum() + re.escape(word) + r"(?![^\W_])" * word[-1].isalnum()
             for word in sorted(self.words, key=len, reverse=True)
         ]
-        units = []
+        start = 0
         for part in re.split(f"({'|'.join(words)})", clean(text)) if words else [clean(text)]:
             if part in self.words:
-                units.append(self.words[part])
-                continue
-            for piece, _ in self.split.pre_tokenize_str(part):
-                special = piece in (BEGIN, END)
-                units += [[self.vocab[piece]]] if special else [[token.id] for token in self.bpe.tokenize(piece)]
-        return units
+                yield part, start, [self.words[part]]
+            else:
+                for piece, (begin, end) in self.split.pre_tokenize_str(part):
+                    special = piece in (BEGIN, END)
+                    units = [[self.vocab[piece]]] if special else [[token.id] for token in self.bpe.tokenize(piece)]
+                    yield part[begin:end], start + begin, units
+            start += len(part)
+
+    def spelled(self, text: str) -> list[tuple[str, int]]:
+        """The words of a cleaned text, and how many ids each has: what stands between white space, without the signs
+        at its ends, which are listed by themselves."""
+        runs: list[list[tuple[str, int]]] = []  # of pieces that touch
+        end = -1
+        for piece, start, units in self.pieces(text):
+            if start != end:
+                runs.append([])
+            runs[-1].append((piece, sum(map(len, units))))
+            end = start + len(piece)
+        words = []
+        for run in runs:
+            wordy = [i for i, (piece, _) in enumerate(run) if any(map(str.isalnum, piece))]
+            first, last = (wordy[0], wordy[-1] + 1) if wordy else (0, 0)
+            pieces, counts = zip(*run, strict=True)
+            middle = [("".join(pieces[first:last]), sum(counts[first:last]))] if wordy else []
+            words += [*run[:first], *middle, *run[last:]]
+        return words
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without begin, end and padding."""
