@@ -1,6 +1,7 @@
 """The code in the documentation runs as it stands, page by page, from top to bottom."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,21 @@ def test_loop(tmp_path, monkeypatch):
     again = np.asarray(backwards["pictures"][0], float) - np.asarray(inpainting["heart"].images[0], float)
     assert np.abs(again).mean() < 8
     assert gradients["loss"] < 1.8  # from 2.05
+
+
+def test_wrong_layer(tmp_path, monkeypatch):
+    """What the page shows is what is printed, but for the figures of rounding."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    outputs = runpy.run_path(str(ROOT / "docs" / "parity.py"))["run"](names)
+    assert len(outputs) == 3
+    for shown, printed in outputs:
+        assert [*map(words, shown.splitlines())] == [*map(words, printed.splitlines())]
+    assert [fault.culprit for fault in names["report"].faults] == [
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
+    ]
+
+
+def words(line: str) -> list[str]:
+    """Without the columns of figures."""
+    return [word for word in line.split() if not re.fullmatch(r"[\d.]+(e[+-]\d+)?", word)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.parity.difference import laid_out, measure
+from ldm.parity.difference import laid_out, measure, terms_of
 
 
 class Known(NamedTuple):
@@ -38,9 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 PADS = ((0, 1, 0, 1), (1, 0, 1, 0), (1, 1, 1, 1))  # left, right, top, bottom
 
 
-def fitting(alternatives: Alternatives, wanted: Tensor) -> str:
+def fitting(alternatives: Alternatives, wanted: Tensor, terms: int | None = None) -> str:
     """Those that give what is wanted, empty if none: the nearest, and with it all that cannot be told from it."""
-    found = ((text, measure(value, wanted)) for text, value in alternatives if value.shape == wanted.shape)
+    found = ((text, measure(value, wanted, terms)) for text, value in alternatives if value.shape == wanted.shape)
     fits = {text: difference.ulp for text, difference in found if difference.ok}
     return " or ".join(text for text, ulp in fits.items() if ulp <= 2 * min(fits.values()) + 1)
 
@@ -53,7 +53,12 @@ def cause_in_layer(module: nn.Module, x: Tensor, got: Tensor, wanted: Tensor, ne
     same = laid_out(wanted.to(got.dtype), got.shape)
     if same is None:
         return ""
-    there = fitting(instead_of(module, x, net), same) or fitting(nearby(got, same, []), same) or unrounded(module)
+    terms = terms_of(module)
+    there = (
+        fitting(instead_of(module, x, net), same, terms)
+        or fitting(nearby(got, same, []), same, terms)
+        or unrounded(module)
+    )
     return there and f"{there}; here {module!r}"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.parity.causes import Known, cause_between, cause_in_layer
-from ldm.parity.difference import Difference, laid_out, measure
+from ldm.parity.difference import Difference, laid_out, measure, terms_of
 from ldm.parity.names import partners
 from ldm.parity.recording import Call, Inputs, Recording, arguments, name_of, run, tensors_of, with_tensors
 
@@ -114,7 +114,7 @@ def check(model: nn.Module, file: str | Path, inputs: Inputs | None = None) -> R
     called = {partner[name_of(key)] for key in whole.differences if key}
     return Report(
         alone.layers,
-        missing=[key for key, call in recording.calls.items() if call.weights and name_of(key) not in called],
+        missing=[key for key, call in recording.calls.items() if call.weights and "#" not in key and key not in called],
         added=whole.added,
     )
 
@@ -139,7 +139,7 @@ class Whole:
         call = counterpart(key, self.recording, self.partner)
         if call is not None:
             self.differences[key] = compare(tensors_of(output), self.recording.tensors(call.outputs))
-        elif next(module.parameters(recurse=False), None) is not None:
+        elif "#" not in key and next(module.parameters(recurse=False), None) is not None:
             self.added.append(key)
 
 
@@ -194,7 +194,7 @@ class Alone:
             self.running.pop()
             return None
         ours, theirs = tensors_of(output), self.recording.tensors(call.outputs)
-        own = compare(ours, theirs)
+        own = compare(ours, theirs, terms_of(module) if is_layer(module) else None)
         if running.misled and (is_layer(module) or self.count > running.before):
             own = None  # it could not be right, and the reason was found
         if own is not None and not own.ok:
@@ -237,14 +237,14 @@ class Alone:
         ]
 
 
-def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference | None:
+def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], terms: int | None = None) -> Difference | None:
     """The largest difference; None where there is nothing to compare, or several tensors in another order."""
     if len(ours) != len(theirs) or not ours:
         return None
     pairs = list(zip(ours, theirs, strict=True))
     if len(pairs) > 1 and any(laid_out(b, a.shape) is None for a, b in pairs):
         return None
-    return max((measure(a, b) for a, b in pairs), key=lambda difference: difference.ulp)
+    return max((measure(a, b, terms) for a, b in pairs), key=lambda difference: difference.ulp)
 
 
 def replaced(value: Any, theirs: Sequence[Tensor]) -> Any:

@@ -31,7 +31,11 @@ def other_names(model: nn.Module) -> dict[str, list[str]]:
         if isinstance(model, net):
             weights = [name for name in model.state_dict() if name.endswith(".weight")]
             return {
-                weight.removesuffix(".weight"): [bare(s.rpartition(".")[0]) for s in spellings(model.config, weight)]
+                weight.removesuffix(".weight"): [
+                    bare(spelling.removesuffix(".weight"))
+                    for spelling in spellings(model.config, weight)
+                    if spelling.endswith(".weight")  # OpenCLIP's stacked q, k and v are no layers
+                ]
                 for weight in weights
             }
     return {}
