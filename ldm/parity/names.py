@@ -30,13 +30,9 @@ def other_names(model: nn.Module) -> dict[str, list[str]]:
     for net, spellings in NETS.values():
         if isinstance(model, net):
             weights = [name for name in model.state_dict() if name.endswith(".weight")]
+            found = {weight: spellings(model.config, weight) for weight in weights}
             return {
-                weight.removesuffix(".weight"): [
-                    bare(spelling.removesuffix(".weight"))
-                    for spelling in spellings(model.config, weight)
-                    if spelling.endswith(".weight")  # OpenCLIP's stacked q, k and v are no layers
-                ]
-                for weight in weights
+                ours.removesuffix(".weight"): [bare(s.removesuffix(".weight")) for s in found[ours]] for ours in found
             }
     return {}
 
