@@ -547,8 +547,9 @@ class Official(nn.Module):
         return self.net.encode(*args)
 
 
+UNET = "model.diffusion_model."  # which a file's names have and the official net's own have not
 LAYOUTS = {  # part, method, the layout's number in the key table, a layer's name in it, and how many have names there
-    "official UNet": ("unet", None, 0, "model.diffusion_model.input_blocks.1.0.in_layers.0", 117),
+    "official UNet": ("unet", None, 0, "input_blocks.1.0.in_layers.0", 117),
     "official VAE": ("vae", "encode", 0, "first_stage_model.encoder.mid.attn_1.q", 28),
     "VAE of old diffusers": ("vae", "encode", 3, "encoder.mid_block.attentions.0.query", 28),
     "CLIP in an official file": (
@@ -569,7 +570,7 @@ def test_other_names(layout, turned, file):
     reference, net = theirs(part), ours(part, theirs(part))
     prefix = text_prefix(reference) if part.startswith("text") else ""
     spellings = checkpoint.NETS[part][1]
-    other = Official(reference, lambda name: spellings(net.config, prefix + name)[number]).eval()
+    other = Official(reference, lambda name: spellings(net.config, prefix + name)[number].removeprefix(UNET)).eval()
     assert other.get_submodule(layer)
     recorded, checked = (net, other) if turned else (other, net)
     parity.record(recorded, inputs(part, method), file, method)
