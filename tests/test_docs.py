@@ -1,6 +1,7 @@
 """The code in the documentation runs as it stands, page by page, from top to bottom."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,19 @@ def test_step(tmp_path, monkeypatch, capsys):
     assert min(in_the_middle[word] for word in ("red", "heart")) > 1.5 > 1.3 > in_the_middle["style"] > 0.8
     assert sum(share.values()).max() < 0.6  # most of it goes to the ends of the text
     assert names["page"].stat().st_size > 100_000
+def test_wrong_layer(tmp_path, monkeypatch):
+    """What the page shows is what is printed, but for the figures of rounding."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    outputs = runpy.run_path(str(ROOT / "docs" / "parity.py"))["run"](names)
+    assert len(outputs) == 3
+    for shown, printed in outputs:
+        assert [*map(words, shown.splitlines())] == [*map(words, printed.splitlines())]
+    assert [fault.culprit for fault in names["report"].faults] == [
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
+    ]
+
+
+def words(line: str) -> list[str]:
+    """Without the columns of figures."""
+    return [word for word in line.split() if not re.fullmatch(r"[\d.]+(e[+-]\d+)?", word)]
