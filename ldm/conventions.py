@@ -4,8 +4,9 @@
 `print(ldm.conventions.explain("webui", "diffusers"))` measures what each difference comes to. A row of your own is
 `dataclasses.replace(CONVENTIONS["webui"], truncates=False)`.
 
-The rows are what the programs do as they are installed: diffusers 0.42, AUTOMATIC1111's webui (schedule type Automatic
-as before 1.9, random numbers of the CPU), ComfyUI (KSampler, scheduler "normal"), CompVis' scripts. Not followed:
+The rows are what the programs do unless they are told otherwise: diffusers 0.42, AUTOMATIC1111's webui (schedule type
+Automatic as before 1.9, random numbers of the CPU), ComfyUI (KSampler, scheduler "normal"), CompVis' scripts. The tests
+run diffusers and k-diffusion; the other three were read, not run, and `LIVE` says what of them is proven. Not followed:
 
     diffusers   "leading" of the multistep solvers; karras between the ends of a spacing that is not linspace; PNDM's
                 image to image, a step longer; independent noise in dpmpp_2m_sde; prompts cut at 75 tokens
@@ -14,7 +15,8 @@ as before 1.9, random numbers of the CPU), ComfyUI (KSampler, scheduler "normal"
                 layer after the one they are trained with; masks rounded in latents
     compvis     the further steps where 1000 is no multiple of their number; image to image, whose picture is given the
                 noise of a level that is one above the first denoised
-    all         SDXL without a negative prompt (give ""); the draws of Brownian noise; random numbers of a GPU
+    others      SDXL without a negative prompt, which is zeros in diffusers alone (give "")
+    all         the draws of Brownian noise; random numbers of a GPU
 """
 
 from collections.abc import Iterator, Mapping
@@ -156,7 +158,7 @@ LIVE = {
     "ldm": ("itself", {*ENTRIES}),
     "diffusers": ("diffusers, live", {*ENTRIES}),
     "webui": ("k-diffusion, live", {"spacing", "start", "end", "log", "whole", "idle_draws"}),
-    "comfy": ("k-diffusion, live", {"spacing", "end", "log", "whole"}),
+    "comfy": ("k-diffusion, live", {"spacing", "log", "whole"}),
     "compvis": ("diffusers' DDIM, live", {"spacing", "start", "end"}),
 }
 
@@ -191,7 +193,7 @@ class Explanation:
         lines = [f"{first} and {second}: {self.sampler} on {self.model}, each difference by itself in {first}'s run"]
         for d in self.differences:
             lines += ["", ENTRIES[d.name][0]]
-            lines += [f"  {s:<11}{v:<36}({p})" for s, v, p in zip(self.systems, d.values, d.proofs, strict=True)]
+            lines += [f"  {s:<11}{v:<44}({p})" for s, v, p in zip(self.systems, d.values, d.proofs, strict=True)]
             moved = "an argument that the other refuses"
             if d.latents is not None:
                 moved = f"latents {d.latents:.2g}, pixels {d.pixels} of 255"

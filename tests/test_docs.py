@@ -55,3 +55,18 @@ def test_loop(tmp_path, monkeypatch):
     again = np.asarray(backwards["pictures"][0], float) - np.asarray(inpainting["heart"].images[0], float)
     assert np.abs(again).mean() < 8
     assert gradients["loss"] < 1.8  # from 2.05
+
+
+def test_conventions(tmp_path, monkeypatch, capsys):
+    """What the page prints, and what it says of that. Rounding may differ on another machine."""
+    run("docs/conventions.md", tmp_path, monkeypatch)
+    page = (ROOT / "docs" / "conventions.md").read_text()
+    shown = "".join(re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S))
+    printed, number = capsys.readouterr().out, r"\d+\.?\d*(?:e-\d+)?"
+    assert re.sub(number, "", printed).split() == re.sub(number, "", shown).split()
+    numbers = [[float(n) for n in re.findall(number, text)] for text in (printed, shown)]
+    np.testing.assert_allclose(*numbers, rtol=0.05, atol=2e-3)
+    beside, strength = shown.splitlines()[:4], re.findall(r"(\d+) evaluations", shown)
+    first, second = zip(*([float(n) for n in re.findall(number, line)] for line in beside), strict=True)
+    assert first[1] < 1e-3 < first[2] < 0.1 < first[3] and second[1] < 1e-3 < 0.1 < min(second[2:])
+    assert strength == ["28", "29", "100", "28"]
