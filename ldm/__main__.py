@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint import CheckpointError
+from ldm.conventions import CONVENTIONS
 from ldm.convert import convert
 from ldm.guidance import GUIDANCES
 from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, place, save, to_rgb
@@ -399,10 +400,11 @@ def settings_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--width", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--height", type=int, metavar="PIXELS", help="default: the image's, or the model's own")
     p.add_argument("--tiling", choices=["x", "y", "both"], help="opposite edges match")
-    p.add_argument("--clip-skip", type=int, default=1, metavar="N", help="1 is the last layer, no cut (default 1)")
+    p.add_argument("--clip-skip", type=int, metavar="N", help="1 is the last layer, no cut (default)")
     p.add_argument(
-        "--emphasis", choices=["mean", "none", "off"], default="mean", help="of (word:1.3); off: brackets are text"
+        "--emphasis", choices=["mean", "none", "off"], default="default", help="of (word:1.3); off: brackets are text"
     )
+    p.add_argument("--conventions", choices=CONVENTIONS, help="start, draw, count and round as they do")
     p.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
     p.add_argument("--strength", type=float, default=0.75, help="0 keeps the image, 1 replaces it (default 0.75)")
     p.add_argument("--strength-rule", **choice("strength_rule"), help="how steps are counted (default floor)")
@@ -410,9 +412,7 @@ def settings_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mask-blur", type=float, default=0.0, metavar="PIXELS", help="soften its edges (default 0)")
     p.add_argument("--masked-content", **choice("masked_content"), help="what the run starts from under the mask")
     p.add_argument("--blend", **choice("blend"), help="how the kept part enters the loop: webui's x0, diffusers' noise")
-    p.add_argument(
-        "--paste-back", action=argparse.BooleanOptionalAction, default=True, help="keep the image bit for bit outside"
-    )
+    p.add_argument("--paste-back", action=argparse.BooleanOptionalAction, help="keep the image bit for bit outside")
     p.add_argument(
         "--padding-mask-crop", type=int, metavar="PIXELS", help="inpaint a box around the mask, with padding"
     )

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 
 def denoiser(
-    pipe: "Pipeline", s: Settings, size: tuple[int, int], log: bool, guide: Guide | None, seen: Tensor | None = None
+    pipe: "Pipeline",
+    s: Settings,
+    size: tuple[int, int],
+    reading: tuple[bool, bool],
+    guide: Guide | None,
+    seen: Tensor | None = None,
 ) -> Denoiser:
     """The UNet under the texts of the call, guided, by CFG unless there is a `guide`. size: (width, height) in
-    pixels. log: as in `net_denoiser`. seen (B,5,h,w): what an inpainting model is shown beside x."""
+    pixels. reading: log and whole, as in `net_denoiser`. seen (B,5,h,w): what an inpainting model is shown beside x."""
     parts = texts(pipe, s)
     context, pooled = (torch.cat(both) for both in zip(*parts, strict=True))  # (B,...) for each part
     scores = [s.negative_aesthetic_score] * s.count * (len(parts) - 1) + [s.aesthetic_score] * s.count
@@ -33,7 +38,7 @@ def denoiser(
                 x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
             return pipe.unet(x, t, context, own)
 
-        return net_denoiser(net, context[rows], pipe.schedule, pipe.prediction_type, log)
+        return net_denoiser(net, context[rows], pipe.schedule, pipe.prediction_type, *reading)
 
     denoise = under(slice(None))
     if not s.guides:
@@ -49,13 +54,14 @@ def texts(pipe: "Pipeline", s: Settings) -> list[TextEncoding]:
     """Of the prompts; before them, to guide, of the negative prompts; and before these, where the guidance asks for
     it and it is not the same, of no negative prompt."""
     every = s.texts + (s.negative_texts if s.guides else [])
-    chunks = max(len(pipe.plan(text, s.emphasis).chunks) for text in every)
+    how = s.how
+    chunks = max(len(pipe.plan(text, how.emphasis).chunks) for text in every)
 
-    def encoded(texts: list[str], none: bool) -> TextEncoding:
-        encoding = pipe.encode_text(texts, s.clip_skip, s.emphasis, chunks)
+    def encoded(texts: list[str], none: bool, cut: bool = how.cuts_negative) -> TextEncoding:
+        encoding = pipe.encode_text(texts, s.layer if cut else 1, how.emphasis, chunks)
         return TextEncoding(*map(torch.zeros_like, encoding)) if none and pipe.zero_negative else encoding
 
-    parts = [encoded(s.texts, none=False)]
+    parts = [encoded(s.texts, none=False, cut=True)]
     if s.guides:
         parts.insert(0, encoded(s.negative_texts, none=s.negative_prompt is None))
     if "eps_empty" in asked(s.guidance_function):

@@ -90,7 +90,8 @@ def only_masked(make: Make, s: Settings, size: tuple[int, int]) -> Output:
     for new in made.images:
         new = new.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
         canvas = image.copy()
-        canvas.paste(paste(new, image.crop(box), mask.crop(box)) if s.paste_back else new, box[:2])
+        whole_box = s.paste_back is False  # else by the mask, as in diffusers and webui
+        canvas.paste(new if whole_box else paste(new, image.crop(box), mask.crop(box)), box[:2])
         whole.append(canvas)
     return replace(made, images=whole)
 

@@ -79,9 +79,10 @@ def to_tensor(image: Image.Image) -> Tensor:
     return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()
 
 
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B,3,h,w) in [-1,1] (clipped) -> B images, rounded as diffusers does."""
-    scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+def to_images(pixels: Tensor, truncate: bool = False) -> list[Image.Image]:
+    """(B,3,h,w) in [-1,1] (clipped) -> B images, rounded as diffusers does, or cut off as CompVis does."""
+    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+    scaled = (scaled if truncate else scaled.round()).to(torch.uint8)
     return [Image.fromarray(p) for p in scaled.permute(0, 2, 3, 1).cpu().numpy()]
 
 

@@ -1,5 +1,6 @@
 """The levels of noise that a call goes through: where its sampler's reference begins and ends unless the call says."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.img2img import StrengthPlan, strength_plan
-from ldm.samplers import REFERENCES, Reference, Sampler, Schedule
+from ldm.samplers import Reference, Sampler, Schedule
 from ldm.samplers.schedule import SIGMAS
 from ldm.settings import Settings
 
@@ -17,7 +18,7 @@ def sigmas(s: Settings, schedule: Schedule, steps: int | None = None) -> Tensor:
     if isinstance(s.sigmas, Tensor):
         if steps not in (None, len(s.sigmas) - 1):
             raise ValueError(
-                f"strength_rule={s.strength_rule!r} with sigmas as a tensor: it needs another schedule, of {steps}"
+                f"strength_rule={s.how.strength_rule!r} with sigmas as a tensor: it needs another schedule, of {steps}"
                 " steps; give the sigmas by name, or take another rule"
             )
         return s.sigmas.to("cpu", torch.float64)
@@ -34,8 +35,9 @@ def sigmas(s: Settings, schedule: Schedule, steps: int | None = None) -> Tensor:
         "set_alpha_to_one": not schedule.set_alpha_to_one,
         "final_sigmas_type": schedule.final_sigmas_type == "sigma_min",
     }
-    end = schedule.sigma_min if at_t_0[reference(s).end] else 0.0
-    return schedule.sigmas(steps or s.steps, spacing(s, schedule), end=end)
+    theirs = reference(s)
+    end = schedule.sigma_min if at_t_0[theirs.end] else 0.0
+    return schedule.sigmas(steps or s.steps, spacing(s, schedule), log=theirs.log, end=end)
 
 
 def spacing(s: Settings, schedule: Schedule) -> str | None:
@@ -46,24 +48,31 @@ def spacing(s: Settings, schedule: Schedule) -> str | None:
     return s.sigmas or (None if theirs.firm else schedule.spacing) or theirs.spacing
 
 
-def in_log(s: Settings, schedule: Schedule) -> bool:
-    """Whether the net's t is read off log sigma: where the sigmas are spaced whatever t that is."""
-    return spacing(s, schedule) in SIGMAS
+def reading(s: Settings, schedule: Schedule) -> tuple[bool, bool]:
+    """Whether the net's t is read off log sigma, as always where sigmas are spaced whatever t that is; and rounded."""
+    theirs = reference(s)
+    return theirs.log or spacing(s, schedule) in SIGMAS, theirs.whole
 
 
-def first_std(s: Settings, schedule: Schedule, sigma: Tensor) -> Tensor:
-    """The standard deviation () of the noise that a run begins with at the first sigma."""
-    if own := carried(s, "first_std"):
+def first_std(s: Settings, schedule: Schedule, sigma: Tensor, alone: bool = True) -> Tensor:
+    """The standard deviation () of the noise that a run begins with at the first sigma, `alone` or on a picture."""
+    own, start = carried(s, "first_std"), reference(s).start
+    if own and alone:
         return own(sigma)
-    preserving = reference(s).preserving or spacing(s, schedule) in ("leading", "dpm_solver")
-    return (1 + sigma**2) ** 0.5 if preserving else sigma
+    unit = {
+        "unit": alone,
+        "sigma": False,
+        "highest": math.isclose(sigma, schedule.sigma_max, rel_tol=1e-5),
+        "spacing": alone and spacing(s, schedule) in ("leading", "dpm_solver"),
+    }
+    return (1 + sigma**2) ** 0.5 if unit[start] else sigma
 
 
 def plan(s: Settings, schedule: Schedule) -> StrengthPlan:
     """Which of the levels a picture to start from leaves."""
     steps = len(s.sigmas) - 1 if isinstance(s.sigmas, Tensor) else s.steps
     masked = s.mask is not None or s.extend is not None
-    return strength_plan(s.strength, steps, lambda n: sigmas(s, schedule, n), s.strength_rule, masked)
+    return strength_plan(s.strength, steps, lambda n: sigmas(s, schedule, n), s.how.strength_rule, masked)
 
 
 def options(s: Settings, schedule: Schedule) -> dict[str, Any]:
@@ -78,7 +87,8 @@ def bare(s: Settings) -> Sampler:
 
 
 def reference(s: Settings) -> Reference:
-    return next((theirs for sampler, theirs in REFERENCES.items() if sampler is bare(s)), Reference())
+    """How the call's sampler begins and ends, by the conventions."""
+    return s.how.reference_of(bare(s))
 
 
 def carried(s: Settings, name: str) -> Callable[..., Tensor] | None:

@@ -1,21 +1,27 @@
 """One stream of noise per image."""
 
 from collections.abc import Sequence
+from contextlib import closing, suppress
 
 import torch
 from torch import Tensor
+
+from ldm.samplers.step import Noise, Steps
 
 
 class SeededNoise:
     """Standard normal noise (B,*shape) float32, drawn on the CPU from one generator per seed.
 
     Picture i therefore depends on its own seed and not on its batch or its device. The draws are those of diffusers
-    with a list of CPU generators.
+    with a list of CPU generators. shared: one generator, of the first seed, draws for all pictures at once.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu", shared: bool = False
+    ):
         self.seeds = seeds
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in (seeds[:1] if shared else seeds)]
+        self.shared = shared
         self.shape = shape
         self.device = device
         self.draws = 0
@@ -23,6 +29,8 @@ class SeededNoise:
     def __call__(self, sigma: Tensor | None = None, sigma_next: Tensor | None = None) -> Tensor:
         """The next draw (B,*shape), whatever the sigmas are."""
         self.draws += 1
+        if self.shared:
+            return torch.randn(len(self.seeds), *self.shape, generator=self.generators[0]).to(self.device)
         draws = [torch.randn(self.shape, generator=generator) for generator in self.generators]
         return torch.stack(draws).to(self.device)
 
@@ -45,10 +53,22 @@ class SeededNoise:
 
     def _last_draw(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         """What it would have been with these seeds and this shape."""
-        other = SeededNoise(seeds, shape, self.device)
+        other = SeededNoise(seeds, shape, self.device, self.shared)
         for _ in range(self.draws - 1):
             other()
         return other()
+
+
+def drawn_each_step(steps: Steps, noise: Noise) -> Steps:
+    """The same steps; after one that used no noise a draw is made all the same, and dropped, so that those after it are
+    what they would be in k-diffusion's samplers with churn and in CompVis' DDIM."""
+    sent = None
+    with closing(steps), suppress(StopIteration):
+        while True:
+            step = steps.send(sent)
+            if step.noise is None:
+                noise(step.sigma, step.sigma_next)
+            sent = yield step
 
 
 def slerp(strength: float, a: Tensor, b: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ldm.edit import enlarged, in_tiles, only_masked, outpainted
 from ldm.guidance import asked, handed_over
 from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside
-from ldm.noise import SeededNoise
+from ldm.noise import SeededNoise, drawn_each_step
 from ldm.output import Output
 from ldm.samplers import (
     PREDICTION_TYPES,
@@ -36,7 +36,7 @@ from ldm.samplers import (
     is_brownian,
 )
 from ldm.seamless import seamless
-from ldm.settings import Settings, check_mask, check_names
+from ldm.settings import LISTS, Settings, check_mask, check_names
 from ldm.unet import UNet
 from ldm.vae import VAE, strips
 
@@ -260,8 +260,8 @@ class Pipeline:
         if run.kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = run.kept
             latents = torch.where(mask > 0, latents, z)
-        images = to_images(pipe.decode(latents))
-        if run.picture is not None and run.mask is not None and settings.paste_back:
+        images = to_images(pipe.decode(latents), settings.how.truncates)
+        if run.picture is not None and run.mask is not None and settings.how.paste_back:
             images = [paste(image, run.picture, run.mask) for image in images]
         return Output([image.crop((0, 0, *run.size)) for image in images], latents, settings.seeds, settings)
 
@@ -333,8 +333,8 @@ class Pipeline:
             z = pipe._start_latents(s, start, noise.shape, None if plan.replaces else noise)  # (B,4,h,w)
             seen = pipe._masked(s, picture, None, noise) if self._inpaints else None
             sigmas = plan.sigmas.flip(0)
-            guide, log = conditioning.guide_of(s, sigmas), levels.in_log(s, self.schedule)
-            denoise = conditioning.denoiser(pipe, s, size, log, guide, seen)
+            guide, reading = conditioning.guide_of(s, sigmas), levels.reading(s, self.schedule)
+            denoise = conditioning.denoiser(pipe, s, size, reading, guide, seen)
             x = z * (1 + sigmas[0] ** 2) ** 0.5  # from the VAE's scale to that of the last sigma
             steps = self._steps(s, denoise, x, sigmas, no_noise)
         for step in tqdm(steps, total=plan.evaluations, disable=not progress):
@@ -411,7 +411,7 @@ class Pipeline:
 
     def _begin(self, s: Settings) -> Run:
         """The run of the settings, with gradients or without as they are now, whatever its consumer does later."""
-        factor = self.vae.config.factor
+        factor, how = self.vae.config.factor, s.how
         size = canvas.checked_size(s, self.size, factor)
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
         mask = None if s.mask is None else fit(self._mask(s), size, factor)
@@ -440,29 +440,34 @@ class Pipeline:
             if mask is not None and s.masked_content in ("noise", "nothing"):
                 m = self._latent_mask(s, mask, noise.shape)
                 z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
-            x = z + sigmas[0] * first
+            x = z + levels.first_std(s, self.schedule, sigmas[0], alone=False) * first
 
         seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        guide, log = conditioning.guide_of(s, sigmas), levels.in_log(s, self.schedule)
-        denoise = conditioning.denoiser(self, s, size, log, guide, seen)
+        guide, reading = conditioning.guide_of(s, sigmas), levels.reading(s, self.schedule)
+        denoise = conditioning.denoiser(self, s, size, reading, guide, seen)
         if s.refiner is not None:
             if not isinstance(s.refiner, Pipeline):
                 raise ValueError(
                     f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)"
                 )
             conditioning.check_refiner(self, s.refiner, s.mask is not None)
-            refine = conditioning.denoiser(s.refiner._tiled(s.tiling), s, size, log, guide)
+            refine = conditioning.denoiser(s.refiner._tiled(s.tiling), s, size, reading, guide)
             denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
         kept = None
         if mask is not None and blends:
             kept = z, self._latent_mask(s, mask, noise.shape)
-            if s.blend == "x0":
+            if how.blend == "x0":
                 denoise = keep_outside(denoise, *kept)
-        fresh: Noise = noise
+            if how.idle_draws == "mask":
+                noise()
+        stream = noise if how.loop_seed is None else self._noise(s, size, how.loop_seed)
+        fresh: Noise = stream
         if is_brownian(s.sampler_function):
             fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
         steps = self._steps(s, denoise, x, sigmas, fresh)
-        if kept is not None and s.blend == "noise":
+        if how.idle_draws == "step":
+            steps = drawn_each_step(steps, stream)
+        if kept is not None and how.blend == "noise":
             steps = renoise_outside(steps, kept[0], first, kept[1])
         return Run(x, sigmas, steps, size, picture, mask, kept)
 
@@ -492,7 +497,7 @@ class Pipeline:
             mask = mask.point(lambda value: 255 * (value >= 128))
             hidden = latent_mask(mask, noise.shape[1:], nearest=True)
             visible = to_tensor(picture) * (1 - latent_mask(mask, (height, width), nearest=True))
-        z = self._encode(visible, noise)
+        z = self._encode(visible, noise if s.how.samples_posterior else None)
         return torch.cat([hidden.to(self.device).expand(len(z), -1, -1, -1), z], dim=1)
 
     def _encode(self, pixels: Tensor, noise: SeededNoise | None) -> Tensor:
@@ -508,11 +513,12 @@ class Pipeline:
         """Whether the UNet is shown a mask and the picture without what it hides."""
         return self.unet.config.in_channels > self.unet.config.out_channels
 
-    def _noise(self, s: Settings, size: tuple[int, int]) -> SeededNoise:
-        """The stream of each picture of a size (width, height) in pixels."""
+    def _noise(self, s: Settings, size: tuple[int, int], further: int = 0) -> SeededNoise:
+        """The stream of each picture of a size (width, height) in pixels, of its seed and so many further."""
         factor = self.vae.config.factor
         shape = (self.vae.config.latent_channels, -(-size[1] // factor), -(-size[0] // factor))
-        return SeededNoise(s.seeds, shape, self.device)
+        seeds = [(seed + further) % 2**64 for seed in s.seeds]
+        return SeededNoise(seeds, shape, self.device, s.how.shares and not isinstance(s.seed, LISTS))
 
     def _first_noise(self, s: Settings, noise: SeededNoise) -> Tensor:
         """The next draw (B,4,h,w) of each picture, varied as the settings say."""
@@ -536,7 +542,7 @@ class Pipeline:
 
     def _latent_mask(self, s: Settings, mask: Image.Image, shape: tuple[int, ...]) -> Tensor:
         """(1,1,h,w): whatever a mask touches is repainted; but as diffusers has it, with its blending."""
-        return latent_mask(mask, shape[1:], nearest=s.blend == "noise").to(self.device)
+        return latent_mask(mask, shape[1:], nearest=s.how.blend == "noise").to(self.device)
 
     def _start_latents(
         self, s: Settings, start: Image.Image | Tensor, shape: tuple[int, ...], noise: SeededNoise | None
@@ -549,7 +555,7 @@ class Pipeline:
                     " or one picture for all"
                 )
             return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
-        return self._encode(to_tensor(start), noise).expand(s.count, -1, -1, -1)
+        return self._encode(to_tensor(start), noise if s.how.samples_posterior else None).expand(s.count, -1, -1, -1)
 
 
 def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.conventions import CONVENTIONS, Conventions
 from ldm.functions import check_guidance, check_options, check_sampler, check_sigmas
 from ldm.guidance import GUIDANCES, Guidance, cfg, name_of
 from ldm.image import upright_size
@@ -36,7 +38,7 @@ def is_utf8(text: str) -> bool:
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
-def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
+def is_whole(value: Any, low: float, high: float = math.inf) -> bool:
     """A whole number, Python's or numpy's, from `low` to `high`; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
@@ -106,18 +108,22 @@ class Settings:
     tiling: "x", "y" or "both". The picture joins itself at its left and right edge, top and bottom, or all: what comes
         next to an edge is the opposite one, in every convolution. (Exact where sides are multiples of 64 pixels.)
     emphasis: weights in prompts as in webui, (word:1.3), [word], BREAK (see ldm/clip/prompt.py): "mean" keeps the mean
-        of the text's context, as webui does, "none" does not; None takes brackets as text.
-    clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts.
+        of the text's context, as webui does (and "default"), "none" does not; None takes brackets as text.
+    conventions: "diffusers", "webui", "comfy" or "compvis": what these do differently where the call does not say, all
+        together: how a run starts and ends, draws noise, counts strength and clip_skip, and rounds pixels
+        (`ldm.conventions`). What the call gives itself goes before it. None: each sampler as its own reference does.
+    clip_skip: 1 is the last layer of the text encoder, 2 the one before it, as webui counts; the conventions may count
+        in another way. None: the last.
     image: the picture to start from. strength: 0 returns it, 1 replaces it by noise. strength_rule: how many of the
-        steps that makes, and from which sigma: "floor", "diffusers", "webui", "comfy" or "continuous"
+        steps that makes, and from which sigma: "floor" (None), "diffusers", "webui", "comfy" or "continuous"
         (`print(pipe.plan_strength(strength=0.3))`, and `ldm.img2img`).
     latents: (B,4,h,w) in the VAE's scale (as `Output.latents`), takes the place of the encoded image.
     noise: (B,4,h,w) standard normal, takes the place of the initial noise.
     mask: of the image's size, white where to repaint, black where to keep, grey to blend. mask_blur: softens its edges,
         a standard deviation in pixels. masked_content: what a run that starts from the image finds under the mask:
         "original", the colours around it ("fill"), other "noise" or "nothing" (zeros) in the latents, as in webui.
-        blend: how the kept part enters the loop: "x0" (webui) or as re-"noise"d latents after each step (diffusers).
-        paste_back: outside of the mask the result is the image bit for bit, not what the VAE makes of it.
+        blend: how the kept part enters the loop: "x0" (webui; None), or re-"noise"d after each step (diffusers).
+        paste_back: outside of the mask the result is the image bit for bit (None), not what the VAE makes of it.
         padding_mask_crop: inpaint only a box around the mask with so many pixels around it, at width x height (the
         model's native size), and put it back.
     extend: (left, top, right, bottom) in pixels: more canvas around the image, painted to go on from it. extend_fill:
@@ -158,15 +164,15 @@ class Settings:
     width: int | None = None
     height: int | None = None
     tiling: str | None = None
-    clip_skip: int = 1
+    clip_skip: int | None = None
     image: Image.Image | None = field(default=None, repr=False)
     strength: float = 0.75
-    strength_rule: str = "floor"
+    strength_rule: str | None = None
     mask: Image.Image | None = field(default=None, repr=False)
     mask_blur: float = 0.0
     masked_content: str = "original"
-    blend: str = "x0"
-    paste_back: bool = True
+    blend: str | None = None
+    paste_back: bool | None = None
     padding_mask_crop: int | None = None
     extend: tuple[int, int, int, int] | None = None
     extend_fill: str = "edge"
@@ -189,7 +195,8 @@ class Settings:
     negative_aesthetic_score: float = 2.5
     refiner: "Pipeline | None" = field(default=None, repr=False)
     refiner_start: float = 0.8
-    emphasis: str | None = "mean"
+    emphasis: str | None = "default"
+    conventions: str | Conventions | None = None
 
     def __post_init__(self):
         for name in ("prompt", "negative_prompt"):
@@ -226,10 +233,16 @@ class Settings:
         for name, low in {"width": 1, "height": 1, "padding_mask_crop": 0, "tile": 1, "tile_overlap": 0}.items():
             if getattr(self, name) is not None and not is_whole(getattr(self, name), low):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of pixels from {low}, or None")
+        if not isinstance(self.conventions, (Conventions, NoneType)) and self.conventions not in tuple(CONVENTIONS):
+            raise ValueError(
+                f"conventions={self.conventions!r}: use {', '.join(map(repr, CONVENTIONS))}, or give your own"
+                " ldm.conventions.Conventions"
+            )
+        how = self.how
         for name, words in CHOICES.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(map(repr, words))}")
-        if not isinstance(self.paste_back, bool):
+            if (value := getattr(how, name, None) or getattr(self, name)) not in words:
+                raise ValueError(f"{name}={value!r}: use {', '.join(map(repr, words))}")
+        if not isinstance(self.paste_back, (bool, NoneType)):
             raise ValueError(f"paste_back={self.paste_back!r}: give True or False")
         if not 0 <= self.mask_blur < math.inf:
             raise ValueError(f"mask_blur={self.mask_blur}: give a number of pixels, 0 or more")
@@ -243,10 +256,11 @@ class Settings:
                 raise ValueError(f"extend={sides!r}: nothing to extend by, give a number above 0 or leave it out")
         if self.tiling not in ("x", "y", "both", None):
             raise ValueError(f"tiling={self.tiling!r}: use 'x', 'y', 'both', or None for none")
-        if self.emphasis not in ("mean", "none", None):
+        if self.emphasis not in ("default", "mean", "none", None):
             raise ValueError(f"emphasis={self.emphasis!r}: use 'mean', 'none', or None for brackets that are text")
-        if not is_whole(self.clip_skip, 1):
-            raise ValueError(f"clip_skip={self.clip_skip!r}: give a whole number from 1 (the last layer, no cut)")
+        if self.clip_skip is not None and not (is_whole(self.clip_skip, -math.inf) and self.layer > 0):
+            last = f"{how.last_layer} (the last layer, no cut) {'down' if how.last_layer < 0 else 'up'}"
+            raise ValueError(f"clip_skip={self.clip_skip!r}: give a whole number from {last}")
         if not is_whole(self.batch_size, 1):
             raise ValueError(f"batch_size={self.batch_size!r}: give a whole number of at least 1")
         if isinstance(self.sampler, str) and self.sampler in SPACED:
@@ -335,6 +349,21 @@ class Settings:
                 if (value := getattr(self, name)) is not None and len(value) == self.count:
                     own[name] = value[i : i + 1]
             yield replace(self, **own)
+
+    @property
+    def how(self) -> Conventions:
+        """The conventions of the call, with what it says itself in their place."""
+        of = self.conventions if isinstance(self.conventions, Conventions) else CONVENTIONS[self.conventions or "ldm"]
+        names = ("strength_rule", "blend", "paste_back")
+        said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.emphasis != "default":
+            said["emphasis"] = self.emphasis
+        return replace(of, **said)
+
+    @property
+    def layer(self) -> int:
+        """clip_skip as webui counts: 1 is the last layer."""
+        return 1 if self.clip_skip is None else self.how.layer(self.clip_skip)
 
     @property
     def prompts(self) -> list[str]:

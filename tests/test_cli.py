@@ -195,6 +195,7 @@ def test_every_setting(pipe, capsys):
         "refiner": ldm.Pipeline.from_pretrained(DEFAULT_MODEL),
         "refiner_start": 0.6,
         "emphasis": "none",
+        "conventions": "compvis",
     }
     main(["(fire:1.4)", "-o", "x.png", "--quiet", *options(settings)])
     assert pixels("x.png") == pixels(pipe("(fire:1.4)", **settings, progress=False).images[0])

@@ -1,6 +1,7 @@
 """The code in the documentation runs as it stands, page by page, from top to bottom."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,36 @@ def test_step(tmp_path, monkeypatch, capsys):
     assert min(in_the_middle[word] for word in ("red", "heart")) > 1.5 > 1.3 > in_the_middle["style"] > 0.8
     assert sum(share.values()).max() < 0.6  # most of it goes to the ends of the text
     assert names["page"].stat().st_size > 100_000
+
+
+def test_wrong_layer(tmp_path, monkeypatch):
+    """What the page shows is what is printed, but for the figures of rounding."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    outputs = runpy.run_path(str(ROOT / "docs" / "parity.py"))["run"](names)
+    assert len(outputs) == 3
+    for shown, printed in outputs:
+        assert [*map(words, shown.splitlines())] == [*map(words, printed.splitlines())]
+    assert [fault.culprit for fault in names["report"].faults] == [
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
+    ]
+
+
+def words(line: str) -> list[str]:
+    """Without the columns of figures."""
+    return [word for word in line.split() if not re.fullmatch(r"[\d.]+(e[+-]\d+)?", word)]
+
+
+def test_conventions(tmp_path, monkeypatch, capsys):
+    """What the page prints, and what it says of that. Rounding may differ on another machine."""
+    run("docs/conventions.md", tmp_path, monkeypatch)
+    page = (ROOT / "docs" / "conventions.md").read_text()
+    shown = "".join(re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S))
+    printed, number = capsys.readouterr().out, r"\d+\.?\d*(?:e-\d+)?"
+    assert re.sub(number, "", printed).split() == re.sub(number, "", shown).split()
+    numbers = [[float(n) for n in re.findall(number, text)] for text in (printed, shown)]
+    np.testing.assert_allclose(*numbers, rtol=0.05, atol=2e-3)
+    beside, strength = shown.splitlines()[:4], re.findall(r"(\d+) evaluations", shown)
+    first, second = zip(*([float(n) for n in re.findall(number, line)] for line in beside), strict=True)
+    assert first[1] < 1e-3 < first[2] < 0.1 < first[3] and second[1] < 1e-3 < 0.1 < min(second[2:])
+    assert strength == ["28", "29", "100", "28"]

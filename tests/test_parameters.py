@@ -390,6 +390,7 @@ OPTIONS = {
     "height": ["--height", "40"],
     "clip_skip": ["--clip-skip", "2"],
     "emphasis": ["--emphasis", "off"],
+    "conventions": ["--conventions", "webui"],
     "image": ["--image", "in put.png"],
     "strength": ["--image", "in put.png", "--strength", "0.1"],
     "strength_rule": ["--image", "in put.png", "--strength-rule", "webui"],

@@ -95,26 +95,31 @@ SPACED |= {"DPMSolverMultistepScheduler": ("dpmpp_2m", "dpm_solver")}
 class Reference(NamedTuple):
     """How the reference pipeline of a sampler begins and ends, where a call does not say.
 
-    spacing: unless the model's configuration asks for another, and even then if `firm`. preserving: it is defined on
-    the variance-preserving process and starts from noise of unit variance in that scale, else from sigma * noise. end:
-    "zero"; "t = 0" for the sigma of that timestep; or the field of the configuration that chooses one of the two.
+    spacing: unless the model's configuration asks for another, and even then if `firm`. start: the standard deviation
+    of the noise that a run begins with, "unit" if its variance is 1 in the variance-preserving scale, sqrt(1 + sigma^2)
+    in ours; "sigma"; "highest", unit only at the highest sigma of the schedule; "spacing", unit where that is "leading"
+    or "dpm_solver". end: "zero"; "t = 0" for the sigma of that timestep; or the field of the configuration that chooses
+    one of the two. log: between two timesteps sigma is interpolated, and t read off it, in log sigma (else that is so
+    only where sigmas are spaced whatever t that is). whole: the net is told the timestep that is nearest.
     """
 
     spacing: str = "linspace"
     firm: bool = False
-    preserving: bool = False
+    start: str = "spacing"
     end: str = "final_sigmas_type"
+    log: bool = False
+    whole: bool = False
 
 
 # Those of diffusers' schedulers; of the other samplers k-diffusion's, which is Reference().
 REFERENCES: dict[Sampler, Reference] = {
-    ddim: Reference("leading", preserving=True, end="set_alpha_to_one"),
-    ddpm: Reference("leading", preserving=True, end="zero"),
-    plms: Reference("leading", preserving=True, end="set_alpha_to_one"),
-    unipc: Reference("dpm_solver", preserving=True),
-    deis: Reference("dpm_solver", preserving=True, end="t = 0"),
-    lcm: Reference("lcm", firm=True, preserving=True, end="zero"),
-    tcd: Reference("lcm", firm=True, preserving=True, end="t = 0"),
+    ddim: Reference("leading", start="unit", end="set_alpha_to_one"),
+    ddpm: Reference("leading", start="unit", end="zero"),
+    plms: Reference("leading", start="unit", end="set_alpha_to_one"),
+    unipc: Reference("dpm_solver", start="unit"),
+    deis: Reference("dpm_solver", start="unit", end="t = 0"),
+    lcm: Reference("lcm", firm=True, start="unit", end="zero"),
+    tcd: Reference("lcm", firm=True, start="unit", end="t = 0"),
 }
 
 # Their noise is taken along one Brownian path per picture, as in k-diffusion, whatever the steps are.

@@ -33,12 +33,14 @@ def net_denoiser(
     schedule: Schedule,
     prediction_type: str = "epsilon",
     log: bool = False,
+    whole: bool = False,
 ) -> Denoiser:
     """The UNet as a denoiser under one text: `context` (B,n,width) in the dtype in which the net shall run.
 
     prediction_type: "epsilon" (Ho et al. 2020) or "v_prediction": v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho
     2022, appendix D).
     log: read t between two timesteps off the logarithm of sigma, as k-diffusion always does and diffusers for karras.
+    whole: round t to a timestep that the net was trained on, as ComfyUI always does and diffusers in DPM-Solver.
     The denoiser raises FloatingPointError when the net returns NaN or infinity, ValueError for another shape than x's.
     """
     if prediction_type not in PREDICTION_TYPES:
@@ -46,7 +48,8 @@ def net_denoiser(
 
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
         scale = (1 + sigma**2) ** 0.5
-        t = schedule.t(sigma, log).to(x.device, torch.float32)
+        t = schedule.t(sigma, log)
+        t = (t.round() if whole else t).to(x.device, torch.float32)
         out = net((x / scale).to(context.dtype), t, context).to(x.dtype)
         if out.shape != x.shape:
             raise ValueError(f"the UNet returned {tuple(out.shape)} for x {tuple(x.shape)}: it must keep the shape")

@@ -189,7 +189,7 @@ def record(
     target = None if file is None else checked(file)
     options = with_files(pipe.made_of(s))
     name, preview, pipe = pipe.name, fit(pipe), pipe._tiled(s.tiling)
-    plans = [pipe.plan(text, s.emphasis) for text in s.texts]
+    plans = [pipe.plan(text, s.how.emphasis) for text in s.texts]
     with torch.no_grad():
         run = pipe._begin(s)
     if len(run.sigmas) < 2:
