@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import ldm
+from ldm.replay import fingerprint
 from ldm.samplers import Step
 
 CHANGELOG = Path(__file__).parent.parent / "CHANGELOG.md"
@@ -112,6 +112,11 @@ class Record:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the record of the run is damaged ({error})") from error
 
+    def rows(self) -> dict[str, str]:
+        """What can be read of it."""
+        runs = [f"{len(run) - 1} steps from {run[0]:.4f} to {run[-1]:.4f}" for run in self.sigmas]
+        return {"sigmas": "; ".join(runs) or "none", **self.nets, **self.machine}
+
     def left_by(self, other: "Record") -> Left | None:
         """The first step after which x is another one; None if there is none, as far as both go."""
         starts = [sigma for run in self.sigmas for sigma in run[:-1]]
@@ -125,27 +130,30 @@ class Record:
 
     def differences(self, other: "Record") -> list[str]:
         """What is otherwise here and there, in words; and which changes of numbers lie between them."""
-        found = []
-        for mine, theirs in ((self.nets, other.nets), (self.machine, other.machine)):
-            for name in mine | theirs:
-                if mine.get(name) != theirs.get(name):
-                    found.append(f"{name}: {mine.get(name, 'none')} then, {theirs.get(name, 'none')} now")
-        if self.sigmas != other.sigmas:
-            found.append(f"sigmas: {said(self.sigmas)} then, {said(other.sigmas)} now")
+        was, now = self.rows(), other.rows()
+        found = [
+            f"{name}: {was.get(name, 'none')} then, {now.get(name, 'none')} now"
+            for name in was | now
+            if was.get(name) != now.get(name)
+        ]
+        if self.sigmas != other.sigmas and was["sigmas"] == now["sigmas"]:
+            found.append("sigmas: others between the first and the last")
         known = numerics()
         if self.changes > len(known):
             found.append(f"made by a later version: it knows {self.changes} changes of numbers, this one {len(known)}")
         return found + known[self.changes :]
 
 
-def said(sigmas: list[list[float]]) -> str:
-    return "; ".join(f"{len(run) - 1} steps from {run[0]:.4f} to {run[-1]:.4f}" for run in sigmas if run)
-
-
 class Recorder:
-    """A consumer of a call's steps that keeps what a `Record` needs, and shows them to another consumer, if any."""
+    """A consumer of a call's steps that keeps what a `Record` needs, and shows them to another consumer, if any.
 
-    def __init__(self, callback: Callable[[Step], None] | None = None):
+    model: its file or folder; the name of one on the hub is no file. nets: their dtypes and device.
+    """
+
+    def __init__(self, model: Path, nets: Mapping[str, str], callback: Callable[[Step], None] | None = None):
+        self.model = model
+        self.nets = nets
+        self.machine = machine()
         self.callback = callback
         self.sigmas: list[list[float]] = []
         self.marks: list[list[bytes]] = []  # steps, pictures
@@ -153,12 +161,14 @@ class Recorder:
     def __call__(self, step: Step) -> None:
         if self.callback is not None:
             self.callback(step)  # which may change x in place
-        if step.i == 0 or not self.sigmas:
+        if step.i == 0:
             self.sigmas.append([float(step.sigma)])
         self.sigmas[-1].append(float(step.sigma_next))
         self.marks.append([mark(x) for x in step.x])
 
-    def records(self, count: int, nets: Mapping[str, Any]) -> list[Record]:
+    def records(self, count: int) -> list[Record]:
         """One for each of `count` pictures."""
-        marks = [[row[i] for row in self.marks] for i in range(count)]
-        return [Record(self.sigmas, marks[i], nets, machine(), len(numerics())) for i in range(count)]
+        nets = {"model": fingerprint(self.model)} if self.model.exists() else {}
+        # Of an edit that makes its pictures one by one each has the steps of all.
+        marks = [[row[i % len(row)] for row in self.marks] for i in range(count)]
+        return [Record(self.sigmas, own, nets | dict(self.nets), self.machine, len(numerics())) for own in marks]
