@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,11 +18,12 @@ from ldm.checkpoint import CheckpointError
 from ldm.conventions import CONVENTIONS
 from ldm.convert import convert
 from ldm.guidance import GUIDANCES
-from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, place, save, to_rgb
+from ldm.image import FORMATS, QUALITY, check_format, encode, open_picture, place, read_record, save, to_rgb
 from ldm.inspection import inspect
 from ldm.output import Output
 from ldm.parameters import read, split
 from ldm.pipeline import Pipeline
+from ldm.record import Record
 from ldm.replay import here, options_of, recipe
 from ldm.samplers import PREDICTION_TYPES, SAMPLERS, SPACINGS
 from ldm.settings import CHOICES, Settings
@@ -156,6 +158,9 @@ def info(a: argparse.Namespace) -> None:
     rows |= {"negative prompt": negative} if negative is not None else {}
     for name, value in (rows | listed).items():
         print(f"{name:<24}" + str(value).replace("\n", "\n" + 24 * " "))
+    if (ran := read_record(image)) is not None:
+        for name, value in Record.parse(ran).rows().items():
+            print(f"{name:<24}{value}")
     problems = made.problems
     try:
         made.check_files()
@@ -187,11 +192,31 @@ def replay(a: argparse.Namespace) -> None:
         raise ValueError(f"output {again.output}: it is the picture to replay, give another name")
     check_output(again)
     out = draw(again)
-    rest = (again.output, again.quality, again.max_bytes, again.force)
-    saved = save(out.images[made.index], *rest[:1], out.texts()[made.index], *rest[1:])
+    ran = out.records()[made.index]
+    how = (again.quality, again.max_bytes, again.force, ran.text())
+    saved = save(out.images[made.index], again.output, out.texts()[made.index], *how)
     print(saved)
-    if to_rgb(open_picture(saved)).tobytes() != to_rgb(open_picture(a.file)).tobytes():
-        print(f"ldm: warning: the pixels are not those of {a.file}", file=sys.stderr)
+    pixels, same = to_rgb(open_picture(saved)), to_rgb(open_picture(a.file))
+    text = read_record(open_picture(a.file))
+    was = None if text is None else Record.parse(text)
+    left = None if was is None else was.left_by(ran)
+    if pixels.tobytes() == same.tobytes() and left is None:
+        print(f"bitwise the same{'' if was is None else f', in each of {len(was.marks)} steps'}")
+        return
+    print(f"ldm: warning: {apart(pixels, same)} of {a.file}", file=sys.stderr)
+    if was is not None:
+        print(f"{'the run left it':<24}{left or 'after the last step'}", file=sys.stderr)
+        for difference in was.differences(ran):
+            print(f"{'':<24}{difference}", file=sys.stderr)
+
+
+def apart(image: Image.Image, other: Image.Image) -> str:
+    """How two pictures differ, in words."""
+    if image.size != other.size:
+        return "the size is not that"
+    values, were = (np.asarray(picture, int) for picture in (image, other))
+    distance = np.abs(values - were)
+    return f"{(distance > 0).mean():.2%} of the pixels' values, by up to {distance.max()} of 255, are not those"
 
 
 def trace(a: argparse.Namespace) -> None:

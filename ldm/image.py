@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
 QUALITY = 90  # of the formats that have one, unless somebody says
-EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
+RECORD, MOST = "ldm", 32_000  # PNG's text chunk; characters, of EXIF's 65,535 bytes
 
 
 def open_picture(file: Path) -> Image.Image:
@@ -110,6 +111,15 @@ def latent_mask(mask: Image.Image, size: Sequence[int], nearest: bool = False) -
     return small
 
 
+def read_record(image: Image.Image) -> str | None:
+    """The record of its run that `save` left in an opened file."""
+    text = image.info.get(RECORD)
+    if isinstance(text, str):
+        return text
+    note = image.getexif().get_ifd(EXIF_IFD).get(MAKER_NOTE)
+    return note.decode("ascii", "replace") if isinstance(note, bytes) and note.startswith(b"{") else None
+
+
 def read_text(image: Image.Image) -> str | None:
     """The text that `save` or another program left in an opened file: PNG's "parameters", else EXIF's UserComment."""
     text = image.info.get("parameters")
@@ -148,12 +158,22 @@ def check_format(file: Path, quality: int | None = None, max_bytes: int | None =
     return FORMATS[suffix]
 
 
-def encode(image: Image.Image, format: str, parameters: str, quality: int = QUALITY) -> bytes:
-    """The bytes of a file. PNG has no quality. JPEG keeps all of the colour (4:4:4) from quality 90 on: for the same
-    bytes that is as close at 512 pixels and 3 dB closer at 64, where below it is farther at 512."""
+def encode(
+    image: Image.Image, format: str, parameters: str, quality: int = QUALITY, record: str | None = None
+) -> bytes:
+    """The bytes of a file. PNG has no quality; a record of many steps has no place in the other formats.
+
+    JPEG keeps all of the colour (4:4:4) from quality 90 on: for the same bytes that is as close at 512 pixels and 3 dB
+    closer at 64, where below it is farther at 512.
+    """
     info, exif = PngImagePlugin.PngInfo(), Image.Exif()
     info.add_text("parameters", parameters)
-    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}  # as webui
+    comments: dict[int, bytes] = {USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}  # as webui
+    if record is not None:
+        info.add_text(RECORD, record, zip=True)
+        if len(record) < MOST:
+            comments[MAKER_NOTE] = record.encode()
+    exif[EXIF_IFD] = comments
     options: dict[str, Any] = {"pnginfo": info} if format == "PNG" else {"exif": exif, "quality": quality}
     if format == "JPEG" and quality >= 90:
         options["subsampling"] = "4:4:4"
@@ -196,18 +216,20 @@ def save(
     quality: int | None = None,
     max_bytes: int | None = None,
     force: bool = False,
+    record: str | None = None,
 ) -> Path:
     """Write an RGB `image` as `file`, in the format of its suffix: .png, .jpg, .jpeg, .webp or .avif.
 
     It appears whole or not at all. With `force` over what has that name (or is linked from it); else, if there is
     something, as heart-2.png, heart-3.png, ...: the name that was taken is returned. parameters: the text about it, as
     webui keeps it: in PNG the text chunk "parameters", else EXIF's UserComment. quality: 1 to 100, `QUALITY` unless
-    given, with Pillow's other settings. max_bytes: the best quality that fits, see `encode_within`. Raises ValueError
-    for what the format cannot do, and OSError where the file cannot be written.
+    given, with Pillow's other settings. max_bytes: the best quality that fits, see `encode_within`. record: of the run,
+    in PNG the text chunk "ldm", else EXIF's MakerNote; where bytes are counted it is left out. Raises ValueError for
+    what the format cannot do, and OSError where the file cannot be written.
     """
     format = check_format(file, quality, max_bytes)
     if max_bytes is None:
-        data = encode(image, format, parameters, QUALITY if quality is None else quality)
+        data = encode(image, format, parameters, QUALITY if quality is None else quality, record)
     else:
         data = encode_within(image, format, parameters, max_bytes)
     return place(file, lambda part: part.write_bytes(data), force)
@@ -245,6 +267,7 @@ def take(part: Path, name: Path) -> None:
 def save_all(
     images: list[Image.Image],
     texts: list[str],
+    records: Sequence[str | None],
     file: Path,
     quality: int | None = None,
     max_bytes: int | None = None,
@@ -252,10 +275,10 @@ def save_all(
 ) -> list[Path]:
     """`save` each; with `force` over heart.png, heart-2.png, ... Raises ValueError that names those saved before it."""
     saved: list[Path] = []
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+    for i, (image, text, record) in enumerate(zip(images, texts, records, strict=True)):
         name = file.with_stem(f"{file.stem}-{i + 1}") if force and i else file
         try:
-            saved.append(save(image, name, text, quality, max_bytes, force))
+            saved.append(save(image, name, text, quality, max_bytes, force, record))
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             kept = f"; saved before it: {', '.join(map(str, saved))}" if saved else ""

@@ -24,6 +24,7 @@ from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor
 from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside
 from ldm.noise import SeededNoise, drawn_each_step
 from ldm.output import Output
+from ldm.record import Recorder
 from ldm.samplers import (
     PREDICTION_TYPES,
     Brownian,
@@ -202,9 +203,14 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
-        made = self._edited(settings, progress, callback)
+        parts = {"dtype": self.unet.conv_in.weight, "VAE dtype": self.vae.quant_conv.weight}
+        nets = {name: str(weight.dtype).removeprefix("torch.") for name, weight in parts.items()}
+        model = Path(self._options.get("model", DEFAULT_MODEL))
+        recorder = Recorder(model, nets | {"device": self.device.type}, callback)
+        made = self._edited(settings, progress, recorder)
         options = self.made_of(settings)
-        return replace(made, settings=settings, seeds=settings.seeds, model=self.name, options=options)
+        about: dict[str, Any] = {"model": self.name, "options": options, "recorder": recorder}
+        return replace(made, settings=settings, seeds=settings.seeds, **about)
 
     def made_of(self, settings: Settings) -> dict[str, Any]:
         """What a run has beside its settings, by the names of the command line's options."""

@@ -423,8 +423,8 @@ def test_names(tmp_path):
     file, names = tmp_path / "a.png", ["a.png", "a-2.png", "a-3.png", "a-4.png"]
     assert [save(photograph(), file, str(i)).name for i in range(2)] == names[:2]
     two = [photograph()] * 2
-    assert [name.name for name in save_all(two, ["2", "3"], file)] == names[2:]
-    assert [name.name for name in save_all(two, ["4", "5"], file, force=True)] == names[:2]
+    assert [name.name for name in save_all(two, ["2", "3"], [None] * 2, file)] == names[2:]
+    assert [name.name for name in save_all(two, ["4", "5"], [None] * 2, file, force=True)] == names[:2]
     assert [read_text(Image.open(tmp_path / name)) for name in names] == ["4", "5", "2", "3"]
     (tmp_path / "link.png").symlink_to("a.png")
     assert save(photograph(), tmp_path / "link.png", "6", force=True).is_symlink()
