@@ -202,6 +202,11 @@ class Pipeline:
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
         made = self._edited(settings, progress, callback)
+        options = self.options_for(settings)
+        return replace(made, settings=settings, seeds=settings.seeds, model=self.name, options=options)
+
+    def options_for(self, settings: Settings) -> dict[str, Any]:
+        """What the pipeline is made of, by the names of the command line's options."""
         options = dict(self._options)
         if self.loras:
             options["lora"] = [(lora.path, lora.scale) for lora in self.loras]
@@ -209,7 +214,7 @@ class Pipeline:
             options["embedding"] = self._embeddings
         if settings.refiner is not None:
             options["refiner"] = settings.refiner._options.get("model", DEFAULT_MODEL)
-        return replace(made, settings=settings, seeds=settings.seeds, model=self.name, options=options)
+        return options
 
     def _edited(self, s: Settings, progress: bool, callback: Callable[[Step], None] | None) -> Output:
         """One run, or those of an edit that is several."""
