@@ -192,7 +192,8 @@ class Folder:
         return self.path / f".{task.file}.part"
 
     def note(self, task: Task, **facts: Any) -> None:
-        """Adds a line, in one write at the end of the file, wherever other processes have moved that to."""
+        """Adds a line, in one write at the end of the file, wherever other processes have moved that to. (A network
+        file system may lose lines of machines that write at the same time: the next run adds them.)"""
         default = {field.name: field.default for field in fields(Settings)}
         rest = {k: v for k, v in task.values.items() if k not in ("prompt", "seed") and v != default[k]}
         row = {"file": task.file, "line": task.line, "prompt": task.values["prompt"], "seed": task.values["seed"]}

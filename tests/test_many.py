@@ -172,7 +172,7 @@ def test_the_same_pictures_whatever_the_batch(pipe):
 
 
 def test_a_sampler_that_looks_at_its_batch_is_not_given_one(pipe):
-    own = {"sampler": "dpm_adaptive", "sampler_options": {"rtol": 0.3}}
+    own = {"sampler": "dpm_adaptive", "sampler_options": {"rtol": 0.3}, "steps": 2}
     listed = tasks("heart", "star", **own)
     assert done(pipe, listed, 2) == (0, 2, [])
     for task in listed:
@@ -292,6 +292,9 @@ def test_failures_are_tried_once_more_and_listed(pipe, monkeypatch):
         assert [row["line"] for row in rows(f"out{batch}") if "error" in row] == [2]
     monkeypatch.setattr(ldm.Pipeline, "run", run)
     assert done(pipe, listed, out="out4") == (4, 1, []) and done(pipe, listed, out="out4") == (5, 0, [])
+    Path("out1/000002.png").write_text("mine")  # its line in the record is a failure: nothing of ours had that name
+    with pytest.raises(ValueError, match="none of these pictures"):
+        done(pipe, listed, out="out1")
 
 
 def test_of_a_batch_that_fails_late_the_rest_is_made(pipe, monkeypatch):

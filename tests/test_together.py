@@ -10,7 +10,6 @@ from ldm.settings import Settings
 from ldm.together import Alone
 
 PICTURE = Image.radial_gradient("L").convert("RGB").resize((64, 64))
-MASK = Image.linear_gradient("L").resize((64, 64)).point(lambda value: 255 * (value > 128))
 CASES = {
     "cfg": {},
     "no guidance": {"guidance_scale": 1},
@@ -20,9 +19,7 @@ CASES = {
     "long": {"prompt": " ".join(["red"] * 80)},
     "another size": {"width": 40, "height": 24},
     "seamless": {"tiling": "both", "width": 32, "height": 32},
-    "variations": {"subseed": [5, 6, 7], "subseed_strength": 0.3},
     "a picture": {"image": PICTURE, "strength": 0.5},
-    "a mask": {"image": PICTURE, "mask": MASK},
 }
 
 
