@@ -6,6 +6,8 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,13 @@ def option(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1")
+    return number
+
+
 def seeds(text: str) -> int | list[int]:
     """N or N,N,..."""
     numbers = [int(number) for number in text.split(",")]
@@ -94,27 +103,26 @@ def check_output(a: argparse.Namespace) -> None:
         raise ValueError(f"output {a.output}: it is a folder, give another name")
 
 
+def given(a: argparse.Namespace) -> dict[str, Any]:
+    """The values of `Settings`, but image and mask, which are files, and without refiner."""
+    names = {field.name for field in fields(Settings)} & set(vars(a)) - {"prompt", "refiner"}
+    values = {name: getattr(a, name) for name in names} | {"batch_size": a.n}
+    for name in ("sampler_options", "guidance_options"):
+        values[name] = None if values[name] is None else dict(values[name])
+    return values | {"emphasis": None if a.emphasis == "off" else a.emphasis}
+
+
 def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """What `ldm generate` shall run."""
-    names = {field.name for field in fields(Settings)} & set(vars(a)) - {
-        "prompt",
-        "image",
-        "mask",
-        "refiner",
-        "emphasis",
-        "sampler_options",
-        "guidance_options",
-    }
-    settings = Settings(
-        **{name: getattr(a, name) for name in names},
-        prompt=a.prompt[0] if len(a.prompt) == 1 else a.prompt,
-        batch_size=a.n,
-        image=open_image("--image", a.image),
-        mask=open_image("--mask", a.mask),
-        sampler_options=None if a.sampler_options is None else dict(a.sampler_options),
-        guidance_options=None if a.guidance_options is None else dict(a.guidance_options),
-        emphasis=None if a.emphasis == "off" else a.emphasis,
-    )
+    values = given(a) | {"prompt": a.prompt[0] if len(a.prompt) == 1 else a.prompt}
+    values |= {name: open_image(f"--{name}", values[name]) for name in ("image", "mask")}
+    settings = Settings(**values)
+    pipe, refiner = loaded(a)
+    return pipe, settings if refiner is None else replace(settings, refiner=refiner)
+
+
+def loaded(a: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
+    """The pipeline and the refiner."""
     where: dict[str, Any] = {"dtype": DTYPES[a.dtype], "device": a.device}
     if a.vae_dtype is not None:
         where["vae_dtype"] = DTYPES[a.vae_dtype]
@@ -122,24 +130,44 @@ def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
     pipe = Pipeline.from_pretrained(a.model, **own, **where)
     for file, scale in a.lora:
         pipe.load_lora(file, scale)
-    if a.refiner is not None:
-        settings = replace(settings, refiner=Pipeline.from_pretrained(a.refiner, **where))
+    refiner = None if a.refiner is None else Pipeline.from_pretrained(a.refiner, **where)
     for word, file in a.embedding:
-        for reader in (pipe, settings.refiner):
+        for reader in (pipe, refiner):
             if reader is not None:
                 reader.load_embedding(file, word)
-    return pipe, settings
+    return pipe, refiner
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many for torch; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw(a: argparse.Namespace) -> Output:
     """The pictures of `ldm generate`, which know its options."""
     pipe, settings = prepared(a)
-    out = pipe.run(settings, progress=not a.quiet)
+    with threads(a.threads):
+        out = pipe.run(settings, progress=not a.quiet)
     return replace(out, options=options_of(a, generate_parser().parse_args([""])))
 
 
 def generate(a: argparse.Namespace) -> None:
-    """Make pictures from a prompt, and perhaps from a picture."""
+    """Make pictures from a prompt, and perhaps from a picture; or many from a list of prompts."""
+    if a.prompts is not None:
+        many(a)
+        return
+    if not a.prompt:
+        raise ValueError("no prompt: give one, in quotes, or a list of them with --prompts")
+    if a.out is not None or a.batch != 1:
+        raise ValueError(
+            f"--{'batch' if a.out is None else 'out'} is about a list of --prompts: give one, or leave it out"
+        )
     if a.plan:
         pipe, settings = prepared(a)
         print(pipe.plan_strength(**{field.name: getattr(settings, field.name) for field in fields(Settings)}))
@@ -147,6 +175,44 @@ def generate(a: argparse.Namespace) -> None:
     check_output(a)
     for name in draw(a).save(a.output, a.quality, a.max_bytes, a.force):
         print(name)
+
+
+def many(a: argparse.Namespace) -> None:
+    """The pictures of a list. Under torchrun each process makes its share."""
+    from ldm.many import LOG, make, read
+    from ldm.train import processes
+
+    default = generate_parser().parse_args([])
+    single = ("prompt", "output", "force", "quality", "max_bytes", "plan")
+    if clash := [name for name in single if getattr(a, name) != getattr(default, name)]:
+        raise ValueError(f"--prompts with {clash[0]}, which is about single pictures: leave one of them out")
+    if a.out is None:
+        raise ValueError("--prompts without --out: give the folder for the pictures")
+    if a.prompts.resolve() == (a.out / LOG).resolve():
+        raise ValueError(f"{a.prompts}: the record of the pictures has that name, give the list another")
+    tasks = read(a.prompts, given(a))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available() and a.device is None:  # not run yet: no machine with GPUs was at hand
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    a.threads = a.threads or 1
+    pipe, refiner = loaded(a)
+    mine = [replace(task, values={**task.values, "refiner": refiner}) for task in tasks[rank::world]]
+    idle = (os.cpu_count() or 1) // (a.threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if pipe.device.type == "cpu" and idle > 1 and rank == 0 and not a.quiet:
+        print(
+            f"ldm: this leaves cores idle: torchrun --nproc-per-node {os.cpu_count()} -m ldm generate ...",
+            file=sys.stderr,
+        )
+    with threads(a.threads):
+        done = make(pipe, mine, a.out, a.batch, options_of(a, default), progress=not a.quiet and rank == 0)
+    for failure in done.failed:
+        print(f"ldm: failed: {failure}", file=sys.stderr)
+    processes.join()  # so that no process ends with an error, by which torchrun ends all, while others are at work
+    there, made, failed = map(int, processes.total(done.there, done.made, len(done.failed)))
+    if rank == 0:
+        print(f"{a.out}: {there} of {len(tasks)} pictures were there, {made} made, {failed} failed")
+    if failed:
+        sys.exit(1)
 
 
 def info(a: argparse.Namespace) -> None:
@@ -376,7 +442,22 @@ def choice(name: str) -> dict[str, Any]:
 
 
 def generate_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("prompt", nargs="+", help="what to draw; several, each in quotes: a picture for each")
+    p.add_argument("prompt", nargs="*", help="what to draw; several, each in quotes: a picture for each")
+    p.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a list of many: .txt, a prompt on each line, or .jsonl, on each line an object with a prompt and other"
+        " settings by their names in Python, for which the options are the defaults",
+    )
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="for their pictures; those that are there are not made")
+    p.add_argument("--batch", type=positive, default=1, metavar="N", help="up to so many at a time (default 1)")
+    p.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="of this process; rounding depends on it (default with --prompts: 1)",
+    )
     p.add_argument(
         "-o",
         "--output",

@@ -53,12 +53,10 @@ def denoiser(
 def texts(pipe: "Pipeline", s: Settings) -> list[TextEncoding]:
     """Of the prompts; before them, to guide, of the negative prompts; and before these, where the guidance asks for
     it and it is not the same, of no negative prompt."""
-    every = s.texts + (s.negative_texts if s.guides else [])
-    how = s.how
-    chunks = max(len(pipe.plan(text, how.emphasis).chunks) for text in every)
+    how, count = s.how, chunks(pipe, s)
 
     def encoded(texts: list[str], none: bool, cut: bool = how.cuts_negative) -> TextEncoding:
-        encoding = pipe.encode_text(texts, s.layer if cut else 1, how.emphasis, chunks)
+        encoding = pipe.encode_text(texts, s.layer if cut else 1, how.emphasis, count)
         return TextEncoding(*map(torch.zeros_like, encoding)) if none and pipe.zero_negative else encoding
 
     parts = [encoded(s.texts, none=False, cut=True)]
@@ -69,6 +67,12 @@ def texts(pipe: "Pipeline", s: Settings) -> list[TextEncoding]:
         if not all(map(torch.equal, empty, parts[0])):
             parts.insert(0, empty)
     return parts
+
+
+def chunks(pipe: "Pipeline", s: Settings) -> int:
+    """Of the longest of the texts: all of a call are filled up to it."""
+    every = s.texts + (s.negative_texts if s.guides else [])
+    return max(len(pipe.plan(text, s.how.emphasis).chunks) for text in every)
 
 
 def size_vector(pipe: "Pipeline", s: Settings, pooled: Tensor, size: tuple[int, int], scores: list[float]) -> Tensor:

@@ -48,6 +48,17 @@ def machine() -> dict[str, str]:
 
 
 @cache
+def known(model: Path, changed: int) -> str:
+    """The fingerprint of a model that was last `changed` then."""
+    return fingerprint(model)
+
+
+def newest(model: Path) -> int:
+    """When a file, or one in a folder, was last changed, in nanoseconds."""
+    return max(file.stat().st_mtime_ns for file in [model, *model.rglob("*")])
+
+
+@cache
 def directions(count: int) -> np.ndarray:
     """(PROJECTIONS,count) of -1 and 1, the same everywhere."""
     bits = np.random.Generator(np.random.PCG64(0)).integers(0, 2, (PROJECTIONS, count), dtype=np.int8)
@@ -168,7 +179,7 @@ class Recorder:
 
     def records(self, count: int) -> list[Record]:
         """One for each of `count` pictures."""
-        nets = {"model": fingerprint(self.model)} if self.model.exists() else {}
+        nets = {"model": known(self.model, newest(self.model))} if self.model.exists() else {}
         # Of an edit that makes its pictures one by one each has the steps of all.
         marks = [[row[i % len(row)] for row in self.marks] for i in range(count)]
         return [Record(self.sigmas, own, nets | dict(self.nets), self.machine, len(numerics())) for own in marks]

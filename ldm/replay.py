@@ -47,7 +47,8 @@ def fingerprint(path: Path) -> str:
 
 def options_of(a: argparse.Namespace, default: argparse.Namespace) -> dict[str, Any]:
     """What a picture's text has to say beside `ldm.Settings`: options that are not at their default."""
-    told = {"n", "prompt", "output", "force", "quiet", "plan"} | set(ldm.Settings.__dataclass_fields__) - set(INPUTS)
+    told = set(ldm.Settings.__dataclass_fields__) - set(INPUTS)
+    told |= {"n", "prompt", "prompts", "out", "batch", "output", "force", "quiet", "plan"}
     return {
         key: getattr(a, key) for key, value in vars(default).items() if getattr(a, key) != value and key not in told
     }

@@ -303,7 +303,7 @@ def test_errors(argv, message, capsys):
 
 
 def test_nothing_to_draw(capsys):
-    assert "required" in fails(capsys)
+    assert "no prompt: give one" in fails(capsys)
 
 
 def test_nan_in_the_unet(capsys, monkeypatch):

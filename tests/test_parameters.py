@@ -422,6 +422,7 @@ OPTIONS = {
     "vae_dtype": ["--vae-dtype", "bfloat16"],
     "device": ["--device", "cpu"],
     "prediction_type": ["--prediction-type", "epsilon"],
+    "threads": ["--threads", "3"],
     "quality": ["--quality", "33"],
     "max_bytes": ["--max-bytes", "1.5k"],
 }
@@ -437,7 +438,8 @@ def inputs(tmp_path, monkeypatch):
 
 def test_no_option_is_forgotten():
     options = {action.dest for action in generate_parser()._actions}
-    assert options - set(OPTIONS) == {"prompt", "help", "output", "force", "quiet", "plan"}
+    about = {"prompt", "prompts", "out", "batch", "help", "output", "force", "quiet", "plan"}
+    assert options - set(OPTIONS) == about
     assert not set(OPTIONS) - options
 
 
