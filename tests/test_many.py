@@ -301,11 +301,11 @@ def test_of_a_batch_that_fails_late_the_rest_is_made(pipe, monkeypatch):
     """The second of three cannot be written, once."""
     listed, tries = tasks("a", "b", "c"), []
 
-    def failing(image, format, text):
+    def failing(image, format, text, **record):
         tries.append(text[0])
         if tries == ["a", "b"]:
             raise ValueError("PNG cannot hold it")
-        return encode(image, format, text)
+        return encode(image, format, text, **record)
 
     monkeypatch.setattr("ldm.many.encode", failing)
     assert done(pipe, listed, 3) == (0, 3, []) and tries == ["a", "b", "b", "c"]
