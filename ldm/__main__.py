@@ -241,7 +241,8 @@ def info(a: argparse.Namespace) -> None:
 
 
 def replay(a: argparse.Namespace) -> None:
-    """Make a picture again from the settings in its file, bitwise the same on the same machine and versions."""
+    """Make a picture again from the settings in its file, bitwise the same on the same machine and versions. Exit code
+    1: it is not the same."""
     made = recipe(read(a.file), generate_parser())
     if made.made_with is None:
         raise ValueError(f"{a.file}: not made by ldm; `ldm info {a.file}` prints the command that comes nearest")
@@ -266,14 +267,19 @@ def replay(a: argparse.Namespace) -> None:
     text = read_record(open_picture(a.file))
     was = None if text is None else Record.parse(text)
     left = None if was is None else was.left_by(ran)
+    in_steps = "" if was is None else f", in each of {len(was.marks)} steps"
     if pixels.tobytes() == same.tobytes() and left is None:
-        print(f"bitwise the same{'' if was is None else f', in each of {len(was.marks)} steps'}")
+        print(f"bitwise the same{in_steps}")
+        return
+    if was is not None and left is None and saved.suffix.lower() != a.file.suffix.lower():
+        print(f"bitwise the same{in_steps}; the pixels of {saved.suffix} and {a.file.suffix} are not compared")
         return
     print(f"ldm: warning: {apart(pixels, same)} of {a.file}", file=sys.stderr)
     if was is not None:
         print(f"{'the run left it':<24}{left or 'after the last step'}", file=sys.stderr)
         for difference in was.differences(ran):
             print(f"{'':<24}{difference}", file=sys.stderr)
+    sys.exit(1)
 
 
 def apart(image: Image.Image, other: Image.Image) -> str:
@@ -282,6 +288,8 @@ def apart(image: Image.Image, other: Image.Image) -> str:
         return "the size is not that"
     values, were = (np.asarray(picture, int) for picture in (image, other))
     distance = np.abs(values - were)
+    if not distance.any():
+        return "the pixels are, the steps are not those"
     return f"{(distance > 0).mean():.2%} of the pixels' values, by up to {distance.max()} of 255, are not those"
 
 

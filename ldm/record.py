@@ -28,9 +28,11 @@ CHANGELOG = Path(__file__).parent.parent / "CHANGELOG.md"
 DIGEST, PROJECTIONS = 6, 8  # bytes; float32 values
 
 
-def numerics() -> list[str]:
-    """The changes of numbers in the library's history, the oldest first; none where its changelog is not beside it."""
-    text = CHANGELOG.read_text(encoding="utf-8") if CHANGELOG.exists() else ""
+def numerics() -> list[str] | None:
+    """The changes of numbers in the library's history, the oldest first; None where its changelog is not beside it."""
+    if not CHANGELOG.exists():
+        return None
+    text = CHANGELOG.read_text(encoding="utf-8")
     versions = re.split(r"^## ", text, flags=re.MULTILINE)[:0:-1]
     entries = [entry for version in versions for entry in re.split(r"^- ", version, flags=re.MULTILINE)[1:]]
     return [" ".join(entry.split()) for entry in entries if entry.startswith("**numerics**")]
@@ -95,14 +97,14 @@ class Record:
     """Of one picture. sigmas: of its steps and the last, a list for each run. marks: of x after each step.
 
     nets: what they are, {"model": fingerprint, "dtype": ..., ...}. machine: see `machine`. changes: how many entries
-    `numerics` had.
+    `numerics` had, None where it is not known.
     """
 
     sigmas: list[list[float]]
     marks: list[bytes]
     nets: Mapping[str, str]
     machine: Mapping[str, str]
-    changes: int
+    changes: int | None
 
     def text(self) -> str:
         marks = base64.b64encode(b"".join(self.marks)).decode()
@@ -119,7 +121,8 @@ class Record:
             sigmas = [[float(sigma) for sigma in run] for run in values["sigmas"]]
             if len(data) % size or len(marks) != sum(max(len(run) - 1, 0) for run in sigmas):
                 raise ValueError("marks and sigmas differ in number")
-            return cls(sigmas, marks, dict(values["nets"]), dict(values["machine"]), int(values["changes"]))
+            changes = None if values["changes"] is None else int(values["changes"])
+            return cls(sigmas, marks, dict(values["nets"]), dict(values["machine"]), changes)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the record of the run is damaged ({error})") from error
 
@@ -150,6 +153,8 @@ class Record:
         if self.sigmas != other.sigmas and was["sigmas"] == now["sigmas"]:
             found.append("sigmas: others between the first and the last")
         known = numerics()
+        if known is None or self.changes is None:
+            return [*found, "which changes of numbers lie between them is not known: there is no CHANGELOG.md"]
         if self.changes > len(known):
             found.append(f"made by a later version: it knows {self.changes} changes of numbers, this one {len(known)}")
         return found + known[self.changes :]
@@ -182,4 +187,6 @@ class Recorder:
         nets = {"model": known(self.model, newest(self.model))} if self.model.exists() else {}
         # Of an edit that makes its pictures one by one each has the steps of all.
         marks = [[row[i % len(row)] for row in self.marks] for i in range(count)]
-        return [Record(self.sigmas, own, nets | dict(self.nets), self.machine, len(numerics())) for own in marks]
+        entries = numerics()
+        changes = None if entries is None else len(entries)
+        return [Record(self.sigmas, own, nets | dict(self.nets), self.machine, changes) for own in marks]

@@ -510,7 +510,9 @@ def test_replay_warns(picture, capsys):
     image, text = Image.open("x.png"), read(Path("x.png"))
     image.putpixel((0, 0), (1, 2, 3))
     save(image, Path("y.png"), text.replace("Version: ldm 0", "Version: ldm 9"))
-    main(["replay", "y.png", "--quiet"])
+    with pytest.raises(SystemExit) as stop:
+        main(["replay", "y.png", "--quiet"])
+    assert stop.value.code == 1
     assert pixels("y-2.png") == pixels("x.png")
     other, differs = capsys.readouterr().err.splitlines()
     assert other.startswith("ldm: warning: made with ldm 9.") and other.endswith(": pixels may differ")

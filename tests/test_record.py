@@ -112,13 +112,17 @@ class TestRecord:
         ahead = made(self.sigmas, self.xs, changes=4)
         (said,) = ahead.differences(made(self.sigmas, self.xs, changes=3))
         assert said == "made by a later version: it knows 4 changes of numbers, this one 3"
+        unknown = made(self.sigmas, self.xs, changes=None)
+        assert Record.parse(unknown.text()) == unknown
+        (said,) = unknown.differences(ahead)
+        assert said.startswith("which changes of numbers lie between them is not known")
 
 
 def test_numerics(tmp_path, monkeypatch):
     """The oldest first, whatever the order of versions; an entry is one line."""
     file = tmp_path / "CHANGELOG.md"
     monkeypatch.setattr(record, "CHANGELOG", file)
-    assert record.numerics() == []
+    assert record.numerics() is None
     file.write_text(
         "# Changelog\n\nAbout **numerics**.\n\n## 0.2.0\n\n- **numerics**: c\n- plain\n\n## 0.1.0\n\n"
         "- **numerics**: a\n  goes on\n- plain **numerics**\n- **numerics**: b\n"
@@ -154,7 +158,9 @@ class TestReplay:
 
         monkeypatch.setattr(UNet, "forward", off)
         monkeypatch.setattr(record, "machine", lambda: {"torch": "of the future"})
-        main(["replay", "heart.png", "-o", "again.png", "--quiet"])
+        with pytest.raises(SystemExit) as stop:
+            main(["replay", "heart.png", "-o", "again.png", "--quiet"])
+        assert stop.value.code == 1
         said = capsys.readouterr().err
         assert "of the pixels' values, by up to" in said
         assert "the run left it         step 3, from sigma " in said
@@ -167,7 +173,8 @@ class TestReplay:
         text, ran = image.info["parameters"], read_record(image)
         image.putpixel((3, 4), (1, 2, 3))
         ldm.image.save(image, ldm.output.Path("heart.png"), text, force=True, record=ran)
-        main(["replay", "heart.png", "-o", "again.png", "--quiet"])
+        with pytest.raises(SystemExit):
+            main(["replay", "heart.png", "-o", "again.png", "--quiet"])
         assert "the run left it         after the last step" in capsys.readouterr().err
 
     def test_an_edit(self, pipe, capsys):
