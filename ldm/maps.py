@@ -100,6 +100,8 @@ def capture(unet: UNet) -> Iterator[Maps]:
     One run to a block: another size, or another length of the text, is a ValueError. Rows that not every evaluation has
     (under guidance_interval) are means over those that have them. With gradients, evaluations on the way back count.
     """
+    if not isinstance(unet, UNet):
+        raise ValueError(f"capture of a {type(unet).__name__}: give the net that looks at the text, pipe.unet")
     maps = Maps()
     context = torch.empty(0)
     size = torch.Size()

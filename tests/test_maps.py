@@ -166,6 +166,11 @@ def test_batches_are_pictures_by_themselves(pipe):
             assert torch.allclose(got, expected, atol=1e-4)
 
 
+def test_of_a_unet_alone(pipe):
+    with pytest.raises(ValueError, match=r"capture of a Pipeline: give .*pipe.unet"), ldm.capture(pipe):
+        pass
+
+
 def test_one_run_to_a_block(pipe):
     with pytest.raises(ValueError, match=r"then \[32, 6, 6\] in down_blocks"), ldm.capture(pipe.unet):
         pipe("", steps=1, progress=False)

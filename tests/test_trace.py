@@ -368,3 +368,19 @@ class TestCommandLine:
         with pytest.raises(SystemExit) as stop:
             self.trace(*argv)
         assert why in stop.value.code and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("ask", ["pictures", "attention", "plot", "to_html"])
+def test_a_picture_that_is_not_there(trace, ask, tmp_path):
+    given = {"file": tmp_path / "run.html"} if ask == "to_html" else {}
+    for picture in (-1, len(trace.texts)):
+        with pytest.raises(ValueError, match=f"picture={picture}: the run made"):
+            getattr(trace, ask)(picture=picture, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_shown(trace, tmp_path):
+    with pytest.raises(ValueError, match="pictures of 'eps': there are those of 'x0' and 'x'"):
+        trace.pictures("eps")
+    with pytest.raises(ValueError, match=r"page .*: the folder .* does not exist"):
+        trace.to_html(tmp_path / "none" / "run.html")

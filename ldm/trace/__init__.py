@@ -83,6 +83,10 @@ class Trace:
         found = {name: self.tensors.get(f"{i:04}.{name}") for name in Step._fields[1:]}
         return Step(i, **found)  # type: ignore[arg-type]
 
+    def _check(self, picture: int) -> None:
+        if not 0 <= picture < len(self.texts):
+            raise ValueError(f"picture={picture}: the run made {len(self.texts)}, give 0 to {len(self.texts) - 1}")
+
     @property
     def start(self) -> Tensor:
         """x (B,4,h,w) at the first sigma."""
@@ -98,6 +102,7 @@ class Trace:
 
         NaN in steps of another net than the pipeline's, a refiner.
         """
+        self._check(picture)
         return torch.stack([self.tensors[f"{i:04}.words.{picture}"] for i in range(self.steps)])
 
     def curves(self) -> dict[str, Tensor]:
@@ -129,6 +134,9 @@ class Trace:
 
         Small ones by the linear preview; or by `decode`, as pipe.decode, which takes its time.
         """
+        if what not in ("x0", "x"):
+            raise ValueError(f"pictures of {what!r}: there are those of 'x0' and 'x'")
+        self._check(picture)
         made = []
         for step in self:
             z = step.x0 if what == "x0" else step.x / (1 + step.sigma_next**2) ** 0.5
@@ -139,6 +147,7 @@ class Trace:
         """A figure of matplotlib (extra `plot`), to show or to save: pictures of x0, the curves, the words' maps."""
         from ldm.trace.plot import plot
 
+        self._check(picture)
         return plot(self, picture, decode)
 
     def to_html(
@@ -155,6 +164,9 @@ class Trace:
         """
         from ldm.trace.page import page
 
+        self._check(picture)
+        if not Path(file).resolve().parent.is_dir():
+            raise ValueError(f"page {file}: the folder {Path(file).resolve().parent} does not exist, make it first")
         text = page([self] if beside is None else [self, beside], picture, decode)
         return place(Path(file), lambda part: part.write_text(text, encoding="utf-8"), force)
 
