@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 import ldm
 from ldm import SAMPLERS, Settings
 from ldm import parameters as module
-from ldm.__main__ import generate_parser
+from ldm.arguments import generate_parser
 from ldm.guidance import GUIDANCES
 from ldm.image import save
 from ldm.parameters import parameters, parse, read, split
