@@ -34,7 +34,7 @@ from ldm.inspection import inspect
 from ldm.output import Output
 from ldm.parameters import read, split
 from ldm.pipeline import Pipeline
-from ldm.record import Record
+from ldm.record import Record, mark
 from ldm.replay import here, options_of, recipe
 from ldm.settings import Settings
 from ldm.trace import Trace, record
@@ -279,21 +279,35 @@ def trace(a: argparse.Namespace) -> None:
 
 
 def traced(file: Path, quiet: bool) -> Trace:
-    """A trace, or that of the run which a picture is from."""
+    """A trace, or that of the run which a picture is from. Raises ValueError where its record says it ran otherwise."""
     if file.suffix == ".safetensors":
         return Trace.load(file)
     made = recipe(read(file), generate_parser())
     if made.problems:
         raise ValueError(f"{file}: no command makes it again: {'; '.join(made.problems)}")
     made.check_files()
-    return record(*prepared(generate_parser().parse_args(made.argv)), progress=not quiet)
+    again = record(*prepared(generate_parser().parse_args(made.argv)), progress=not quiet).only(made.index)
+    text = read_record(open_picture(file))
+    was = None if text is None else Record.parse(text)
+    for i, step in enumerate(again if was is not None else ()):
+        if was is not None and was.marks[i : i + 1] != [mark(step.x[0])]:
+            raise ValueError(
+                f"{file}: what its settings give here leaves the run that it is from at step {i + 1}; `ldm replay`"
+                " says by how much. To compare such runs, trace them: ldm trace ... -o run.safetensors"
+            )
+    return again
 
 
 def compare(a: argparse.Namespace) -> None:
-    """Say where two runs part, by how much, and which settings differ. Exit code 0: the same, 1: not, 2: an error."""
+    """Say where two runs part, by how much, and which settings differ; of two pictures of the same run, whether their
+    pixels are the same. Exit code 0: the same, 1: not, 2: an error."""
     found = traced(a.a, a.quiet).compare(traced(a.b, a.quiet))
     print(found)
-    if not found.equal:
+    pictures = [to_rgb(open_picture(file)) for file in (a.a, a.b) if file.suffix != ".safetensors"]
+    painted = found.equal and len(pictures) == 2 and pictures[0].tobytes() != pictures[1].tobytes()
+    if painted:
+        print(f"but {apart(*pictures)} of {a.b}")
+    if painted or not found.equal:
         sys.exit(1)
 
 
@@ -369,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         a.function(a)
     except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         said = f"ldm: error: {error or 'out of memory: make a smaller picture, or give --tile'}"
-        if a.function is compare:  # where 1 is an answer
+        if a.function in (compare, replay):  # where 1 is an answer
             print(said, file=sys.stderr)
             sys.exit(2)
         sys.exit(said)

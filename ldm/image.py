@@ -237,7 +237,9 @@ def save(
 
 def place(file: Path, write: Callable[[Path], Any], force: bool = False) -> Path:
     """What `write` writes, whole or not at all, as `file`, or under the name that is free; which is returned. `force`:
-    over what has that name."""
+    over what has that name. Raises FileNotFoundError for a folder that is none."""
+    if not file.resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder {file.resolve().parent} does not exist, make it first")
     part = file.with_name(f".{os.getpid()}.part")
     try:
         write(part)

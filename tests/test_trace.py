@@ -20,6 +20,7 @@ from ldm.samplers import Step
 from ldm.trace import Trace
 from ldm.trace.compare import Difference, difference, ulps
 from ldm.trace.file import Growing, Opened
+from ldm.unet import UNet
 
 HOW = {"steps": 4, "seed": 1, "progress": False}
 PROMPT = "(red:1.2) heart, twemoji style"
@@ -341,6 +342,30 @@ class TestCommandLine:
         assert self.compare("a.png", "b.png") == 1
         assert "Sampler                 euler   heun" in capsys.readouterr().out
 
+    def test_pictures_of_one_batch(self, capsys):
+        """Each by its own place in the batch."""
+        main(["red heart", "-o", "pair.png", "-n", "2", "--steps", "2", "--quiet"])
+        capsys.readouterr()
+        assert self.compare("pair.png", "pair-2.png") == 1
+        said = capsys.readouterr().out
+        assert "Seed" in said and "start      before the first step" in said
+        assert self.compare("pair-2.png", "pair-2.png") == 0
+
+    def test_what_is_not_what_ran(self, pipe, capsys, monkeypatch):
+        """One picture by other weights, and one that was painted on, with the settings and the record of another."""
+        out = pipe("red heart", steps=2, progress=False)
+        out.save("clean.png")
+        out.images[0].paste("black", (0, 0, 32, 32))
+        out.save("painted.png")
+        assert self.compare("clean.png", "painted.png") == 1
+        assert "of the pixels' values, by up to" in capsys.readouterr().out
+        forward = UNet.forward
+        with monkeypatch.context() as changed:
+            changed.setattr(UNet, "forward", lambda self, *args: 1.01 * forward(self, *args))
+            pipe("red heart", steps=2, progress=False).save("other.png")
+        assert self.compare("clean.png", "other.png") == 2
+        assert "leaves the run that it is from at step 1" in capsys.readouterr().err
+
     def test_outputs(self, capsys):
         self.trace("red heart")
         self.trace("red heart", "-o", "a.safetensors", "--seed", "1")
@@ -382,5 +407,5 @@ def test_a_picture_that_is_not_there(trace, ask, tmp_path):
 def test_what_cannot_be_shown(trace, tmp_path):
     with pytest.raises(ValueError, match="pictures of 'eps': there are those of 'x0' and 'x'"):
         trace.pictures("eps")
-    with pytest.raises(ValueError, match=r"page .*: the folder .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .* does not exist, make it first"):
         trace.to_html(tmp_path / "none" / "run.html")

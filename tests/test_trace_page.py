@@ -72,7 +72,7 @@ class TestText:
     def test_names(self, traces, tmp_path):
         names = [traces[0].to_html(tmp_path / "run.html", force=force).name for force in (False, False, True)]
         assert names == ["run.html", "run-2.html", "run.html"]
-        with pytest.raises(ValueError, match="picture=1: the trace has 1"):
+        with pytest.raises(ValueError, match="picture=1: the run made 1"):
             traces[0].to_html(tmp_path / "run.html", picture=1)
 
     def test_signs_in_a_prompt(self, traces, tmp_path):

@@ -83,9 +83,23 @@ class Trace:
         found = {name: self.tensors.get(f"{i:04}.{name}") for name in Step._fields[1:]}
         return Step(i, **found)  # type: ignore[arg-type]
 
-    def _check(self, picture: int) -> None:
+    def check(self, picture: int) -> None:
+        """Raises ValueError for a picture that the run did not make."""
         if not 0 <= picture < len(self.texts):
             raise ValueError(f"picture={picture}: the run made {len(self.texts)}, give 0 to {len(self.texts) - 1}")
+
+    def only(self, picture: int) -> "Trace":
+        """The trace of one picture of the batch, in memory."""
+        self.check(picture)
+        kept = {}
+        for name, tensor in self.tensors.items():
+            step, _, what = name.partition(".")
+            if what.startswith("words."):
+                if what == f"words.{picture}":
+                    kept[f"{step}.words.0"] = tensor
+            else:
+                kept[name] = tensor[picture : picture + 1] if tensor.ndim == 4 else tensor
+        return Trace(kept, [self.texts[picture]], [self.words[picture]], self.steps)
 
     @property
     def start(self) -> Tensor:
@@ -102,7 +116,7 @@ class Trace:
 
         NaN in steps of another net than the pipeline's, a refiner.
         """
-        self._check(picture)
+        self.check(picture)
         return torch.stack([self.tensors[f"{i:04}.words.{picture}"] for i in range(self.steps)])
 
     def curves(self) -> dict[str, Tensor]:
@@ -136,7 +150,7 @@ class Trace:
         """
         if what not in ("x0", "x"):
             raise ValueError(f"pictures of {what!r}: there are those of 'x0' and 'x'")
-        self._check(picture)
+        self.check(picture)
         made = []
         for step in self:
             z = step.x0 if what == "x0" else step.x / (1 + step.sigma_next**2) ** 0.5
@@ -147,7 +161,7 @@ class Trace:
         """A figure of matplotlib (extra `plot`), to show or to save: pictures of x0, the curves, the words' maps."""
         from ldm.trace.plot import plot
 
-        self._check(picture)
+        self.check(picture)
         return plot(self, picture, decode)
 
     def to_html(
@@ -164,9 +178,6 @@ class Trace:
         """
         from ldm.trace.page import page
 
-        self._check(picture)
-        if not Path(file).resolve().parent.is_dir():
-            raise ValueError(f"page {file}: the folder {Path(file).resolve().parent} does not exist, make it first")
         text = page([self] if beside is None else [self, beside], picture, decode)
         return place(Path(file), lambda part: part.write_text(text, encoding="utf-8"), force)
 

@@ -25,8 +25,7 @@ SMALL = 128  # up to this side pictures keep every pixel, as PNG
 def page(traces: list[Trace], picture: int, decode: Decode | None) -> str:
     """The whole text. Raises ValueError for a picture that a trace has not."""
     for trace in traces:
-        if not 0 <= picture < len(trace.texts):
-            raise ValueError(f"picture={picture}: the trace has {len(trace.texts)}, counted from 0")
+        trace.check(picture)
     data = json.dumps([run(trace, picture, decode) for trace in traces], ensure_ascii=False, allow_nan=False)
     titles = dict.fromkeys(listed(trace.texts[picture])["Prompt"] for trace in traces)
     parts = {"TITLE": html.escape(" / ".join(titles)), "DATA": data.replace("<", "\\u003c")}
