@@ -153,20 +153,22 @@ ENTRIES: dict[str, tuple[str, dict[Any, str]]] = {
 }
 
 
-# What was run beside ours, and which entries it proves, in tests/test_conventions.py; the others are from the sources.
+# What was run beside ours, which entries it proves, and with which samplers those of them that hang on the sampler, in
+# tests/test_conventions.py (diffusers' also in tests/test_levels.py); the others are from the sources.
 LIVE = {
-    "ldm": ("itself", {*ENTRIES}),
-    "diffusers": ("diffusers, live", {*ENTRIES}),
-    "webui": ("k-diffusion, live", {"spacing", "start", "end", "log", "whole", "idle_draws"}),
-    "comfy": ("k-diffusion, live", {"spacing", "log", "whole"}),
-    "compvis": ("diffusers' DDIM, live", {"spacing", "start", "end"}),
+    "ldm": ("itself", {*ENTRIES}, {*SAMPLERS}),
+    "diffusers": ("diffusers, live", {*ENTRIES}, {*SAMPLERS} - {"unipc", "deis"}),
+    "webui": ("k-diffusion, live", {"spacing", "start", "end", "log", "whole", "idle_draws"}, {"euler"}),
+    "comfy": ("k-diffusion, live", {"spacing", "log", "whole"}, {"euler_ancestral"}),
+    "compvis": ("diffusers' DDIM, live", {"spacing", "start", "end"}, {"ddim"}),
 }
 
 
-def proof(system: str, name: str) -> str:
+def proof(system: str, name: str, sampler: str) -> str:
     """By what an entry of a row, or of its references, is proven."""
-    how, names = LIVE[system]
-    return how if name in names else "source, not run"
+    how, names, samplers = LIVE[system]
+    hangs = name in Reference._fields or name == "idle_draws"
+    return how if name in names and (sampler in samplers or not hangs) else "source, not run"
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,9 @@ def explain(
             moved: tuple[float, int] | tuple[None, None] = None, None
             with suppress(ValueError):
                 moved = apart(run(pipe, calls[name], CONVENTIONS[first]), run(pipe, calls[name], one))
-            differences.append(Difference(name, pair, (proof(first, name), proof(second, name)), *moved))
+            differences.append(
+                Difference(name, pair, (proof(first, name, sampler), proof(second, name, sampler)), *moved)
+            )
     return Explanation((first, second), sampler, pipe.name, tuple(differences))
 
 

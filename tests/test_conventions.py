@@ -245,9 +245,18 @@ def test_live(pair, run, monkeypatch):
 
 def test_what_is_claimed_is_run():
     """Of ComfyUI and CompVis more is pinned than claimed: how the noise is drawn and scaled is put together here."""
-    for system, (_, names) in LIVE.items():
+    for system, (_, names, _) in LIVE.items():
         shown = {name for row, entries in RUNS.values() if row == system for name in entries}
         assert names <= shown or system == "ldm", (system, names - shown)
+
+
+def test_by_other_samplers_less_is_proven():
+    """What a run with another sampler would have to show: its levels of noise and its draws."""
+    assert proof("webui", "log", "euler") == "k-diffusion, live" != proof("webui", "log", "unipc")
+    assert proof("comfy", "spacing", "euler_ancestral") != proof("comfy", "spacing", "ddim") == "source, not run"
+    assert proof("diffusers", "whole", "unipc") == "source, not run" != proof("diffusers", "truncates", "unipc")
+    for system, (_, names, samplers) in LIVE.items():
+        assert {proof(system, name, sampler) for name in names for sampler in samplers} == {LIVE[system][0]}
 
 
 # On paper
@@ -388,7 +397,7 @@ def test_explain(pair, monkeypatch):
     assert {d.name for d in said.differences} == own | {"log"}
     for d in said.differences:
         assert d.values[0] != d.values[1] and (d.latents > 0 or d.pixels > 0), d
-        assert d.proofs == (proof("webui", d.name), "diffusers, live")
+        assert d.proofs == (proof("webui", d.name, "euler"), "diffusers, live")
     assert str(said) == repr(said) and all(ENTRIES[d.name][0] in str(said) for d in said.differences)
     lines = str(said).splitlines()
     i = lines.index("evaluations of 100 steps at strength 0.29")
