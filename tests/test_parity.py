@@ -666,3 +666,36 @@ def test_refused(file):
         ValueError, match=r"has no module of this model's names: it has \['norm', 'twice'\], the model \['0'\]"
     ):
         parity.check(nn.Sequential(nn.Linear(2, 2)).eval(), other)
+
+
+class Wide(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, width), nn.Linear(width, 16)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+def test_another_width(file):
+    """The layer is named although the net cannot be run to its end on what was recorded."""
+    torch.manual_seed(0)
+    reference, port = Wide(16).eval(), Wide(16).eval()
+    port.load_state_dict(reference.state_dict())
+    port.b = nn.Linear(16, 8)
+    parity.record(reference, torch.randn(2, 3, 16), file)
+    report = parity.check(port.eval(), file)
+    assert report.faults[0].culprit == "b" and "(2, 3, 16), here (2, 3, 8)" in report.faults[0].cause
+    assert [layer.key for layer in report.layers] == ["a", "b", "c", ""] and not report.missing
+    assert len(report.faults) == 1 and "the model could not be run to its end: " in str(report)
+
+
+def test_a_layer_and_a_net_without_weights(file):
+    layer, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
+    parity.record(layer, x, file)
+    assert not parity.check(layer, file).faults
+    assert parity.check(nn.Linear(16, 16).eval(), file).faults
+    parity.record(nn.Sequential(nn.SiLU()).eval(), x, file)
+    assert not parity.check(nn.Sequential(nn.SiLU()).eval(), file).faults
+    (fault,) = parity.check(nn.Sequential(nn.ReLU()).eval(), file).faults
+    assert fault.culprit == "0" and "silu" in fault.cause

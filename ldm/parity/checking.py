@@ -64,6 +64,7 @@ class Report:
     layers: list[Layer]
     missing: list[str]  # layers with weights that only the recorded run called
     added: list[str]  # and that only this one did
+    stopped: str = ""  # the error that the model's own run ended with, if not with a result
 
     @property
     def faults(self) -> list[Fault]:
@@ -79,6 +80,8 @@ class Report:
             if names:
                 rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 lines.append(f"layers with weights that only {where} called: {', '.join(names[:5])}{rest}")
+        if self.stopped:
+            lines.append(f"the model could not be run to its end: {self.stopped}")
         if not self.faults:
             compared = sum(layer.own is not None for layer in self.layers)
             return "\n".join([*lines, f"all {compared} outputs that can be compared agree"])
@@ -92,30 +95,38 @@ def check(model: nn.Module, file: str | Path, inputs: Inputs | None = None) -> R
 
     Modules are paired by their names, and by the key tables where the recording or the model is one of our nets; what
     names begin with in a larger net ("model.diffusion_model.", "text_model.") is passed over. inputs: None are the
-    recorded ones; give those of the model where its arguments are others. On a GPU, switch TF32 off: it shows.
+    recorded ones; give those of the model where its arguments are others. On a GPU, switch TF32 off: it shows. A run
+    that ends with a RuntimeError, as where a layer has another width, is reported as far as it came.
     Raises ValueError for a model in training mode, a file that is no recording, and if no layer's name agrees.
     """
     recording = Recording(file)
     recorded = {name_of(key): call.aliases for key, call in recording.calls.items() if key}
     partner = partners(model, recorded)
-    if not partner:
-        ours = [name for name, _ in model.named_modules() if name]
-        raise ValueError(f"{file} has no module of this model's names: it has {[*recorded][:3]}, the model {ours[:3]}")
+    ours = [name for name, _ in model.named_modules() if name]
+    if not partner and (ours or recorded):
+        raise ValueError(
+            f"{file} has no module of this model's names: it has {[*recorded][:3]}, the model {ours[:3]}; if a part of"
+            " the model has them, check that part"
+        )
     if inputs is None:
-        weight = next(model.parameters())
-        args, kwargs = recording.inputs(weight.device, weight.dtype)
+        weight = next(model.parameters(), torch.empty(0))
+        args, kwargs = recording.inputs(weight.device, weight.dtype if weight.numel() else None)
     else:
         args, kwargs = arguments(inputs)
 
     whole = Whole(recording, partner)
-    run(model, args, kwargs, recording.method, whole.enter, whole.leave)
-    alone = Alone(model, recording, partner, whole.differences)
-    run(model, args, kwargs, recording.method, alone.enter, alone.leave)
-    called = {partner[name_of(key)] for key in whole.differences if key}
+    alone, stopped = Alone(model, recording, partner, whole.differences), ""
+    for watched in (whole, alone):
+        try:
+            run(model, args, kwargs, recording.method, watched.enter, watched.leave)
+        except RuntimeError as error:
+            stopped = str(error)
+    called = {partner[name_of(layer.key)] for layer in alone.layers if layer.key}
     return Report(
         alone.layers,
         missing=[key for key, call in recording.calls.items() if call.weights and "#" not in key and key not in called],
         added=whole.added,
+        stopped=stopped,
     )
 
 
@@ -209,6 +220,9 @@ class Alone:
         got, wanted = max(zip(ours, theirs, strict=True), key=lambda pair: measure(*pair).ulp)
         wanted, call, key = wanted.to(got.device), running.call, running.key
         assert call is not None
+        if laid_out(wanted, got.shape) is None:
+            cause = f"it is of shape {tuple(wanted.shape)}, here {tuple(got.shape)}"
+            return self.fault(key, "what it makes has another shape", cause)
         if not is_layer(module):
             cause = cause_between(got, wanted, self.at_hand(key, got))
             return self.fault(key, "its layers agree, what it makes of them is off", cause)
@@ -253,8 +267,10 @@ def replaced(value: Any, theirs: Sequence[Tensor]) -> Any:
     if len(ours) != len(theirs):
         return None
     same = [laid_out(b.to(a), a.shape) for a, b in zip(ours, theirs, strict=True)]
-    fitting = [b for b in same if b is not None]
-    return with_tensors(value, fitting) if len(fitting) == len(same) else None
+    # Of as many dimensions, a layer has another width: what comes after it goes on with what was recorded.
+    wide = [b.to(a) if c is None and a.ndim == b.ndim else c for a, b, c in zip(ours, theirs, same, strict=True)]
+    fitting = [b for b in wide if b is not None]
+    return with_tensors(value, fitting) if len(fitting) == len(wide) else None
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -130,8 +130,9 @@ class Recording:
         """Copies, as nets may write to what they are given."""
         return [self._file.get_tensor(name).clone() for name in names]
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        """Positional and by name; in the net's dtype, but those of one dimension: it would round timesteps."""
+    def inputs(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Positional and by name; in the net's dtype, but those of one dimension: it would round timesteps. dtype: None
+        for a net without weights, which takes them as they are."""
 
         def read(value: Any) -> Any:
             match value:
