@@ -74,6 +74,8 @@ def prepared(a: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """What `ldm generate` shall run."""
     values = given(a) | {"prompt": a.prompt[0] if len(a.prompt) == 1 else a.prompt}
     values |= {name: open_image(f"--{name}", values[name]) for name in ("image", "mask")}
+    if isinstance(values["sigmas"], tuple):
+        values["sigmas"] = torch.tensor(values["sigmas"], dtype=torch.float64)
     settings = Settings(**values)
     pipe, refiner = loaded(a)
     return pipe, settings if refiner is None else replace(settings, refiner=refiner)

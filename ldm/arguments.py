@@ -60,6 +60,17 @@ def positive(text: str) -> int:
     return number
 
 
+def spacing(text: str) -> str | tuple[float, ...]:
+    """A name, or N,N,..."""
+    if text in SPACINGS:
+        return text
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        names = ", ".join(SPACINGS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not among {names}, and no list of sigmas, 14,5,1,0") from None
+
+
 def seeds(text: str) -> int | list[int]:
     """N or N,N,..."""
     numbers = [int(number) for number in text.split(",")]
@@ -171,7 +182,13 @@ def settings_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, default=20, help="evaluations of the net, 1 to 1000 (default 20)")
     p.add_argument("--guidance-scale", type=float, default=7.5, metavar="S", help="1 is no guidance (default 7.5)")
     p.add_argument("--sampler", default="euler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default euler)")
-    p.add_argument("--sigmas", choices=SPACINGS, help="how the steps are spaced (default: as the sampler's reference)")
+    p.add_argument(
+        "--sigmas",
+        type=spacing,
+        metavar="NAME",
+        help=f"how the steps are spaced: {', '.join(SPACINGS)}, or the levels themselves, 14,5,1,0 (default: as the"
+        " sampler's reference)",
+    )
     p.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1 (default: the sampler's own)")
     p.add_argument(
         "--sampler-options", type=option, nargs="+", metavar="NAME=VALUE", help="its further arguments, s_churn=10"

@@ -119,8 +119,8 @@ def spelled(key: str, value: Any, action: argparse.Action) -> list[str]:
         return [option for option in action.option_strings if option.startswith("--no-") != value][:1]
     if action.nargs == 0:
         return [action.option_strings[0]] if value == action.const else []
-    if isinstance(value, Tensor):
-        raise ValueError("a tensor, which only Python can give")
+    if isinstance(value, Tensor):  # sigmas
+        value = ",".join(map(repr, value.tolist()))
     if isinstance(value, tuple) and key in ("seed", "subseed"):
         value = ",".join(map(str, value))
     if isinstance(value, tuple) and action.nargs is None and key not in REPEATED:

@@ -269,7 +269,7 @@ def test_help(capsys):
         (["--steps", "0"], "ldm: error: steps=0: give a whole number from 1 to 1000"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--sampler", "eular"], "ldm: error: unknown sampler 'eular': use ddim, ddpm, euler"),
-        (["--sigmas", "karas"], "argument --sigmas: invalid choice: 'karas'"),
+        (["--sigmas", "karas"], "argument --sigmas: 'karas' is not among leading, "),
         (["--strength", "2"], "ldm: error: strength=2.0: give a number from 0"),
         (["--guidance-scale", "nan"], "ldm: error: guidance_scale=nan"),
         (["--width", "0"], "ldm: error: width=0"),

@@ -147,6 +147,11 @@ class TestReplay:
         said = capsys.readouterr().out
         assert f"4 steps from {first:.4f} to {last:.4f}" in said and "float32" in said and torch.__version__ in said
 
+    def test_sigmas_of_ones_own(self, pipe, capsys):
+        pipe("red heart", sigmas=torch.tensor([10.1, 3.0, 1 / 3, 0.0]), progress=False).save("heart.png")
+        main(["replay", "heart.png", "-o", "again.png", "--quiet"])
+        assert "bitwise the same, in each of 3 steps" in capsys.readouterr().out
+
     def test_another(self, pipe, capsys, monkeypatch):
         """A net that is a thousandth off from the third evaluation on."""
         pipe("red heart", steps=4, progress=False).save("heart.png")
