@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,19 +24,12 @@ from ldm.parameters import read as text_of
 ROOT = Path(__file__).parent.parent
 FAST = {"steps": 1, "guidance_scale": 1.0}
 NONE = {"negative_prompt": None, "subseed": None}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from PIL import Image
 
 import ldm
 from ldm import together
+from ldm.__main__ import threads
 from ldm.settings import Settings
 from ldm.together import Alone
 
@@ -23,12 +24,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -84,5 +80,5 @@ def test_pictures(case, pipe):
 
 def test_with_threads(pipe):
     """Three pictures, six rows, two threads: kernels have odd parts, and rows of one batch differ by their place."""
-    torch.set_num_threads(2)
-    same_pictures(pipe, {})
+    with threads(2):
+        same_pictures(pipe, {})

@@ -152,7 +152,6 @@ class TestPictures:
         assert torch.allclose(torch.cat(given).flatten(), torch.tensor([3 / 2**0.5, 4 / 2**0.5, 3, 4]))
 
     def test_plot(self, trace, pipe, tmp_path):
-        pytest.importorskip("matplotlib")
         figure = trace.plot()
         sheet, curves, maps = figure.subfigs
         assert [len(part.axes) for part in (sheet, curves, maps)] == [10, 4, 10]
