@@ -3,13 +3,12 @@
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,25 +18,19 @@ from ldm.clip.embedding import load_embedding
 from ldm.clip.prompt import PromptPlan, encode, plan
 from ldm.clip.tokenizer import Tokenizer
 from ldm.edit import enlarged, in_tiles, only_masked, outpainted
-from ldm.guidance import asked, handed_over
-from ldm.image import latent_mask, to_images, to_mask, to_rgb, to_tensor
-from ldm.img2img import StrengthPlan, fill, fit, keep_outside, paste, renoise_outside
-from ldm.noise import SeededNoise, drawn_each_step
+from ldm.image import to_images, to_rgb
+from ldm.img2img import StrengthPlan, fit, paste
 from ldm.output import Output
 from ldm.record import Recorder
+from ldm.run import begin, finite, first_noise, inpaints, loop, no_noise, noise_of, one_run, shown, start_latents
 from ldm.samplers import (
     PREDICTION_TYPES,
-    Brownian,
-    Denoiser,
-    Noise,
     Schedule,
     Step,
     Steps,
-    checkpointed,
-    is_brownian,
 )
 from ldm.seamless import seamless
-from ldm.settings import LISTS, Settings, check_mask, check_names
+from ldm.settings import Settings, check_names
 from ldm.unet import UNet
 from ldm.vae import VAE, strips
 
@@ -46,19 +39,6 @@ if TYPE_CHECKING:
     from ldm.trace import Trace
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "emoji-64"
-
-
-class Run(NamedTuple):
-    """One run that has not begun: x at the first sigma, the sigmas, the loop; the (width, height) of the pictures, the
-    one it started from and its mask, both padded; and of the kept part latents (B,4,h,w) and mask (1,1,h,w)."""
-
-    x: Tensor
-    sigmas: Tensor
-    steps: Steps
-    size: tuple[int, int]
-    picture: Image.Image | None = None
-    mask: Image.Image | None = None
-    kept: tuple[Tensor, Tensor] | None = None
 
 
 class Pipeline:
@@ -116,11 +96,11 @@ class Pipeline:
         """An official single file, a diffusers folder, or "owner/name" of a diffusers model on the Hugging Face hub;
         None is the default model that ships with the project.
 
-        vae: a VAE file, folder or hub name that replaces the built-in one. dtype: of the nets, float32 unless given;
-        the loop itself always runs in float32. device: a GPU where there is one, unless given. prediction_type:
-        "epsilon" or "v_prediction", where the file does not say or says it wrong. vae_dtype: as dtype unless given, but
-        SDXL's VAE, which overflows in float16, then runs in float32. revision: of a model on the hub, its branch, tag
-        or commit.
+        vae: a VAE file, folder or hub name that replaces the built-in one; a TAESD is faster, and an approximation.
+        dtype: of the nets, float32 unless given; the loop itself always runs in float32. device: a GPU where there is
+        one, unless given. prediction_type: "epsilon" or "v_prediction", where the file does not say or says it wrong.
+        vae_dtype: as dtype unless given, but SDXL's VAE, which overflows in float16, then runs in float32. revision: of
+        a model on the hub, its branch, tag or commit.
         Nothing but what has a hub name is ever downloaded, with huggingface_hub and into its cache.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -203,7 +183,7 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
-        parts = {"dtype": self.unet.conv_in.weight, "VAE dtype": self.vae.quant_conv.weight}
+        parts = {"dtype": self.unet.conv_in.weight, "VAE dtype": next(self.vae.parameters())}
         nets = {name: str(weight.dtype).removeprefix("torch.") for name, weight in parts.items()}
         model = Path(self._options.get("model", DEFAULT_MODEL))
         recorder = Recorder(model, nets | {"device": self.device.type}, callback)
@@ -230,14 +210,14 @@ class Pipeline:
             return self._edited(s, progress, callback)
 
         def draw(s: Settings, size: tuple[int, int]) -> Tensor:
-            return self._first_noise(s, self._noise(s, size))
+            return first_noise(self, s, noise_of(self, s, size))
 
         factor = self.vae.config.factor
         size, grid = canvas.checked_size(s, self.size, factor), canvas.grid(s, self.size, factor)
         if s.enlarge > 1:
             return enlarged(make, s, size, factor)
         if s.extend is not None:
-            return outpainted(make, draw, s, size, grid, soft=not self._inpaints)
+            return outpainted(make, draw, s, size, grid, soft=not inpaints(self))
         if s.padding_mask_crop is not None:
             return only_masked(make, s, (s.width or self.size, s.height or self.size))
         if s.tile is not None and max(size) > grid.side:
@@ -251,7 +231,7 @@ class Pipeline:
             tqdm.write(said, file=sys.stderr)
         pipe = self._tiled(settings.tiling)
         with torch.no_grad():
-            run = pipe._begin(settings)
+            run = begin(pipe, settings)
         x, step = run.x, None
         for step in tqdm(run.steps, total=max(len(run.sigmas) - 1, 0), disable=not progress):
             x = step.x
@@ -286,7 +266,7 @@ class Pipeline:
         s = Settings(prompt, **settings)
         one_run(s, "a stream shows one run")
         with torch.set_grad_enabled(grad):
-            return self._tiled(s.tiling)._begin(s).steps
+            return begin(self._tiled(s.tiling), s).steps
 
     def trace(
         self, prompt: str | list[str] = "", *, file: str | Path | None = None, progress: bool = True, **settings: Any
@@ -332,17 +312,17 @@ class Pipeline:
             raise ValueError(f"strength={s.strength} makes no step that could be inverted: give more, up to 1")
         pipe, size = self._tiled(s.tiling), canvas.checked_size(s, self.size, factor)
         picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
-        start, noise = s.latents if picture is None else picture, pipe._noise(s, size)
+        start, noise = s.latents if picture is None else picture, noise_of(pipe, s, size)
         assert start is not None, "checked above"
         with torch.no_grad():
             # The call that starts from noise alone never encodes: the mean will do. Else its z, from the same draw.
-            z = pipe._start_latents(s, start, noise.shape, None if plan.replaces else noise)  # (B,4,h,w)
-            seen = pipe._masked(s, picture, None, noise) if self._inpaints else None
+            z = start_latents(pipe, s, start, noise.shape, None if plan.replaces else noise)  # (B,4,h,w)
+            seen = shown(pipe, s, picture, None, noise) if inpaints(self) else None
             sigmas = plan.sigmas.flip(0)
             guide, reading = conditioning.guide_of(s, sigmas), levels.reading(s, self.schedule)
             denoise = conditioning.denoiser(pipe, s, size, reading, guide, seen)
             x = z * (1 + sigmas[0] ** 2) ** 0.5  # from the VAE's scale to that of the last sigma
-            steps = self._steps(s, denoise, x, sigmas, no_noise)
+            steps = loop(pipe, s, denoise, x, sigmas, no_noise)
         for step in tqdm(steps, total=plan.evaluations, disable=not progress):
             x = step.x
             if callback is not None:
@@ -403,7 +383,7 @@ class Pipeline:
 
         Should the VAE overflow in half precision, it is run once more in float32, with a warning.
         """
-        dtype = self.vae.post_quant_conv.weight.dtype
+        dtype = next(self.vae.parameters()).dtype
         z = latents / self.vae.config.scaling_factor
         pixels = self.vae.decode(z.to(dtype))
         if dtype != torch.float32 and not torch.isfinite(pixels).all():
@@ -414,201 +394,3 @@ class Pipeline:
             )
             pixels = copy.deepcopy(self.vae).float().decode(z.float())
         return finite(pixels, "decoder").float()
-
-    def _begin(self, s: Settings) -> Run:
-        """The run of the settings, with gradients or without as they are now, whatever its consumer does later."""
-        factor, how = self.vae.config.factor, s.how
-        size = canvas.checked_size(s, self.size, factor)
-        picture = None if s.image is None else fit(to_rgb(s.image), size, factor)
-        mask = None if s.mask is None else fit(self._mask(s), size, factor)
-        start = s.latents if picture is None else picture
-        if picture is not None and mask is not None and s.masked_content != "original":
-            start = fill(picture, mask)
-        noise = self._noise(s, size)
-        sigmas = levels.sigmas(s, self.schedule)
-        replaces = True
-        if start is not None:
-            plan = levels.plan(s, self.schedule)
-            sigmas, replaces = plan.sigmas, plan.replaces
-        blends = mask is not None and not self._inpaints
-        z = torch.zeros(())
-        if start is not None and (not replaces or blends):
-            # Where nothing is run, the picture comes back: no noise of any kind. Else, as in diffusers, the first draw.
-            z = self._start_latents(s, start, noise.shape, noise if len(sigmas) else None)
-        if not len(sigmas):
-            return Run(z, sigmas, nothing(), size, picture, mask)
-        first = self._first_noise(s, noise) if s.noise is None else s.noise.to(self.device, torch.float32)  # (B,4,h,w)
-        if tuple(first.shape) != (s.count, *noise.shape):
-            raise ValueError(f"noise has shape {tuple(first.shape)}: these settings need {(s.count, *noise.shape)}")
-        if replaces:
-            x = first * levels.first_std(s, self.schedule, sigmas[0])
-        else:
-            if mask is not None and s.masked_content in ("noise", "nothing"):
-                m = self._latent_mask(s, mask, noise.shape)
-                z = (1 - m) * z + (m * noise() if s.masked_content == "noise" else 0)
-            x = z + levels.first_std(s, self.schedule, sigmas[0], alone=False) * first
-
-        seen = self._masked(s, picture, mask, noise) if self._inpaints else None
-        guide, reading = conditioning.guide_of(s, sigmas), levels.reading(s, self.schedule)
-        denoise = conditioning.denoiser(self, s, size, reading, guide, seen)
-        if s.refiner is not None:
-            if not isinstance(s.refiner, Pipeline):
-                raise ValueError(
-                    f"refiner is a {type(s.refiner).__name__}: give a Pipeline, Pipeline.from_pretrained(path)"
-                )
-            conditioning.check_refiner(self, s.refiner, s.mask is not None)
-            refine = conditioning.denoiser(s.refiner._tiled(s.tiling), s, size, reading, guide)
-            denoise = handed_over(denoise, refine, self.schedule, s.refiner_start)
-        kept = None
-        if mask is not None and blends:
-            kept = z, self._latent_mask(s, mask, noise.shape)
-            if how.blend == "x0":
-                denoise = keep_outside(denoise, *kept)
-            if how.idle_draws == "mask":
-                noise()
-        stream = noise if how.loop_seed is None else self._noise(s, size, how.loop_seed)
-        fresh: Noise = stream
-        if is_brownian(s.sampler_function):
-            fresh = Brownian(s.seeds, noise.shape, sigmas[0], sigmas[sigmas > 0][-1], self.device)
-        steps = self._steps(s, denoise, x, sigmas, fresh)
-        if how.idle_draws == "step":
-            steps = drawn_each_step(steps, stream)
-        if kept is not None and how.blend == "noise":
-            steps = renoise_outside(steps, kept[0], first, kept[1])
-        return Run(x, sigmas, steps, size, picture, mask, kept)
-
-    def _steps(self, s: Settings, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
-        """The sampler's loop, with gradients or without as they are now, whatever its consumer does later."""
-        grad = torch.is_grad_enabled()
-        if grad and "memory" not in asked(s.guidance_function):  # what remembers its calls must not be called again
-            denoise = checkpointed(denoise)
-        steps = s.sampler_function(denoise, x, sigmas, noise, **levels.options(s, self.schedule))
-        if not isinstance(steps, Generator):
-            raise ValueError(
-                f"the sampler {s.sampler_name!r} returned a {type(steps).__name__}: a sampler yields a Step for each"
-                " interval (`yield Step(i, sigma, sigma_next, x, x0, eps)`), see ldm.samplers.euler"
-            )
-        return torch.set_grad_enabled(grad)(named)(steps, x.shape)
-
-    def _masked(self, s: Settings, picture: Image.Image | None, mask: Image.Image | None, noise: SeededNoise) -> Tensor:
-        """(B,5,h,w): what an inpainting model is shown, the mask and the latents of the picture without what it hides.
-
-        Without a mask everything is hidden. Half hidden is hidden: these models have learnt from hard masks.
-        """
-        if picture is None and mask is not None:
-            raise ValueError("mask with latents=: an inpainting model looks at the picture itself, give it as image=")
-        height, width = (side * self.vae.config.factor for side in noise.shape[1:])
-        hidden, visible = torch.ones(1, 1, *noise.shape[1:]), torch.zeros(1, 3, height, width)
-        if mask is not None and picture is not None:
-            mask = mask.point(lambda value: 255 * (value >= 128))
-            hidden = latent_mask(mask, noise.shape[1:], nearest=True)
-            visible = to_tensor(picture) * (1 - latent_mask(mask, (height, width), nearest=True))
-        z = self._encode(visible, noise if s.how.samples_posterior else None)
-        return torch.cat([hidden.to(self.device).expand(len(z), -1, -1, -1), z], dim=1)
-
-    def _encode(self, pixels: Tensor, noise: SeededNoise | None) -> Tensor:
-        """pixels (1,3,H,W) -> their latents, drawn for each picture (B,4,h,w), or without noise the mean (1,4,h,w)."""
-        mean, std = self.vae.encode(pixels.to(self.device, self.vae.quant_conv.weight.dtype))
-        z = finite(mean, "encoder").float()
-        if noise is not None:
-            z = z + std.float() * noise()
-        return self.vae.config.scaling_factor * z
-
-    @property
-    def _inpaints(self) -> bool:
-        """Whether the UNet is shown a mask and the picture without what it hides."""
-        return self.unet.config.in_channels > self.unet.config.out_channels
-
-    def _noise(self, s: Settings, size: tuple[int, int], further: int = 0) -> SeededNoise:
-        """The stream of each picture of a size (width, height) in pixels, of its seed and so many further."""
-        factor = self.vae.config.factor
-        shape = (self.vae.config.latent_channels, -(-size[1] // factor), -(-size[0] // factor))
-        seeds = [(seed + further) % 2**64 for seed in s.seeds]
-        return SeededNoise(seeds, shape, self.device, s.how.shares and not isinstance(s.seed, LISTS))
-
-    def _first_noise(self, s: Settings, noise: SeededNoise) -> Tensor:
-        """The next draw (B,4,h,w) of each picture, varied as the settings say."""
-        factor, (width, height) = self.vae.config.factor, s.seed_resize_from or (0, 0)
-        if width % factor or height % factor:
-            raise ValueError(
-                f"seed_resize_from {width}x{height}: width and height must be multiples of {factor} for this model"
-            )
-        size = (height // factor, width // factor) if s.seed_resize_from else None
-        return noise.varied(s.subseeds, s.subseed_strength, size)
-
-    def _mask(self, s: Settings) -> Image.Image:
-        """The mask in mode L, at the size of the picture."""
-        assert s.mask is not None
-        mask = to_mask(s.mask, s.mask_blur)
-        if s.image is None:
-            check_mask(mask.size, canvas.size(s, self.size, self.vae.config.factor))
-        if mask.getbbox() is None:
-            warnings.warn("the mask is black everywhere: nothing is repainted; white is what is", stacklevel=2)
-        return mask
-
-    def _latent_mask(self, s: Settings, mask: Image.Image, shape: tuple[int, ...]) -> Tensor:
-        """(1,1,h,w): whatever a mask touches is repainted; but as diffusers has it, with its blending."""
-        return latent_mask(mask, shape[1:], nearest=s.how.blend == "noise").to(self.device)
-
-    def _start_latents(
-        self, s: Settings, start: Image.Image | Tensor, shape: tuple[int, ...], noise: SeededNoise | None
-    ) -> Tensor:
-        """The picture to start from, as latents (B,*shape) in the VAE's scale."""
-        if isinstance(start, Tensor):
-            if tuple(start.shape) not in [(count, *shape) for count in (1, s.count)]:
-                raise ValueError(
-                    f"latents have shape {tuple(start.shape)}: these settings need {(s.count, *shape)},"
-                    " or one picture for all"
-                )
-            return start.to(self.device, torch.float32).expand(s.count, -1, -1, -1)
-        return self._encode(to_tensor(start), noise if s.how.samples_posterior else None).expand(s.count, -1, -1, -1)
-
-
-def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    raise ValueError(
-        f"the sampler drew noise from sigma {float(sigma):.4f} to {float(sigma_next):.4f}, which no way leads back"
-        " from: invert with a deterministic one (ddim, euler, heun, dpmpp_2m, ...), or with eta=0"
-    )
-
-
-def one_run(s: Settings, why: str) -> None:
-    """Raises ValueError for settings that make several runs."""
-    several = [name for name in ("extend", "tile", "padding_mask_crop") if getattr(s, name) is not None]
-    if several := several + ["enlarge"] * (s.enlarge > 1):
-        raise ValueError(f"{several[0]}={getattr(s, several[0])}: {why}; call the pipeline for this")
-
-
-def named(steps: Steps, shape: torch.Size) -> Steps:
-    """The same steps; what is no Step of that shape, NaN or infinity is an error, before anybody sees it."""
-    i, sent = 0, None
-    try:
-        while True:
-            step = steps.send(sent)
-            if not isinstance(step, Step) or step.x.shape != shape:
-                got = f"x {tuple(step.x.shape)}" if isinstance(step, Step) else f"a {type(step).__name__}"
-                raise ValueError(
-                    f"the sampler yielded {got}: yield a Step, with x in the shape {tuple(shape)} it is given"
-                )
-            if not torch.isfinite(step.x).all():
-                raise FloatingPointError(f"x has NaN or infinity in it after sigma={float(step.sigma):.4f}")
-            i, sent = step.i + 1, (yield step)
-    except StopIteration:
-        return
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {i}: {error}") from error
-    finally:
-        steps.close()
-
-
-def nothing() -> Steps:
-    yield from ()
-
-
-def finite(values: Tensor, part: str) -> Tensor:
-    """`values` as they are, if they are numbers."""
-    if not torch.isfinite(values).all():
-        cure = "the latents or the VAE itself are at fault: give other settings, or another vae="
-        if values.dtype != torch.float32:
-            cure = "load the model with vae_dtype=torch.float32, or give another vae="
-        raise FloatingPointError(f"the VAE's {part} returned NaN or infinity, running in {values.dtype}: {cure}")
-    return values

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from ldm.image import place, to_images
 from ldm.maps import capture, shares
 from ldm.parameters import parameters
-from ldm.pipeline import Pipeline, one_run
+from ldm.pipeline import Pipeline
 from ldm.preview import Preview, fit
 from ldm.replay import with_files
+from ldm.run import begin, one_run
 from ldm.samplers import Step
 from ldm.save import write_file
 from ldm.settings import Settings
@@ -214,7 +215,7 @@ def record(
     name, preview, pipe = pipe.name, fit(pipe), pipe._tiled(s.tiling)
     plans = [pipe.plan(text, s.how.emphasis) for text in s.texts]
     with torch.no_grad():
-        run = pipe._begin(s)
+        run = begin(pipe, s)
     if len(run.sigmas) < 2:
         raise ValueError(f"strength={s.strength} makes no step that could be traced: give more, up to 1")
     memory: dict[str, Tensor] = {}
