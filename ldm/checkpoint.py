@@ -25,7 +25,7 @@ from ldm.clip.tokenizer import END, Tokenizer
 from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
 from ldm.source import FLOATS, CheckpointError, Source, in_dtype, is_file
 from ldm.unet import VECTOR_NUMBERS, UNet
-from ldm.vae import VAE, VAEConfig
+from ldm.vae import VAE, TinyConfig, TinyVAE, VAEConfig
 
 __all__ = ["CheckpointError", "Parts", "load"]
 
@@ -68,6 +68,9 @@ UNUSED = re.compile(
 TELLS_V = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 GUESS = "a guess"
 
+# The first tensor of a TAESD's decoder.
+TINY = "decoder.layers.0.weight"
+
 # Where the text encoders of official files stand. Each has a place of its own, see Model.prefixes.
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 
@@ -96,7 +99,8 @@ def load(
 
     path: a str of the form owner/name, where here is no folder owner, is fetched from the hub with huggingface_hub's
     cache; nothing else is ever downloaded. revision: a branch, tag or commit there, main unless given.
-    vae: a VAE file, folder or name that takes the place of the built-in one, which then need not be there.
+    vae: a VAE file, folder or name that takes the place of the built-in one, which then need not be there; or a TAESD
+    in diffusers' layout.
     dtype: None keeps the file's own; on the CPU the weights then are the mapped file itself.
     vae_dtype: None is `dtype`, but float32 instead of float16 for a VAE that overflows in it, as SDXL's does.
     prediction_type: None is what the file says, or a guess where it does not, with a warning.
@@ -115,8 +119,9 @@ def load(
     warn_of_guess(opened, path)
     if vae is not None:
         if vae.is_dir():
-            model = replace(model, vae=folder.vae_config(vae, model.vae.upcast))
+            folder.read_json(vae / "config.json")  # what any other folder lacks is told first
         sources["vae"] = folder.weights(vae, dtype) if vae.is_dir() else Source(vae, [vae])
+        model = replace(model, vae=vae_config(vae, sources["vae"], model.vae))
     check_widths(model, path)
     plans = make_plans(model, sources)
     check(plans, path)
@@ -131,6 +136,13 @@ def load(
         size=model.size,
         zero_negative=model.zero_negative,
     )
+
+
+def vae_config(path: Path, source: Source, own: VAEConfig) -> VAEConfig:
+    """Of a VAE by itself. own: the config of the one that it replaces."""
+    if len(shape := source.shapes.get(TINY, ())) == 4:
+        return folder.tiny_config(path, shape)
+    return folder.vae_config(path, own.upcast) if path.is_dir() else own
 
 
 def warn_of_guess(opened: Opened, path: Path) -> None:
@@ -288,7 +300,7 @@ class Plan:
         prefix: str,
     ):
         with NoValues(), torch.device("meta"):
-            self.net = net(config)
+            self.net = TinyVAE(config) if isinstance(config, TinyConfig) else net(config)
         self.source = source
         self.shapes = {name: tuple(p.shape) for name, p in self.net.state_dict().items()}
         layouts = list(zip(*(spellings(config, name) for name in self.shapes), strict=True))

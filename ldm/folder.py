@@ -16,7 +16,7 @@ from ldm.clip.tokenizer import END, Tokenizer
 from ldm.samplers import PREDICTION_TYPES, Schedule
 from ldm.source import PICKLES, CheckpointError, Source, conversion, is_file
 from ldm.unet import UNetConfig
-from ldm.vae import VAEConfig
+from ldm.vae import TinyConfig, VAEConfig
 
 SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
@@ -85,6 +85,22 @@ VAE_FIXED = {
     "latents_std": None,
 }
 VAE_FREE = ("sample_size", "force_upcast")
+
+TINY_FIXED = {
+    "act_fn": "relu",
+    "upsample_fn": "nearest",
+    "in_channels": 3,
+    "out_channels": 3,
+    "upsampling_scaling_factor": 2,
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+}
+TINY_FREE = (  # the widths are the tensors', the latents' magnitude and shift are for storing them in bytes
+    *("encoder_block_out_channels", "decoder_block_out_channels", "block_out_channels", "latent_channels"),
+    *("latent_magnitude", "latent_shift", "force_upcast"),
+)
 
 TEXT_READ = {
     "vocab_size": 49408,
@@ -226,6 +242,13 @@ def vae_config(part: Folder, xl: bool = False) -> VAEConfig:
         groups=c["norm_num_groups"],
         upcast=xl and bool(c.get("force_upcast", True)),
     )
+
+
+def tiny_config(vae: Path, shape: tuple[int, ...]) -> TinyConfig:
+    """Of a TAESD: its folder, or the file alone; shape: of the decoder's first convolution (width,latents,3,3)."""
+    if vae.is_dir():
+        read_config(vae / "config.json", {}, TINY_FIXED, TINY_FREE)
+    return TinyConfig(channels=(shape[0],) * 4, latent_channels=shape[1])
 
 
 def text_config(part: Folder, xl: bool = False, projects: bool = False) -> TextConfig:

@@ -9,11 +9,22 @@ from pathlib import Path
 
 import ldm.vae.keys
 from ldm import folder
-from ldm.checkpoint import CheckpointError, Opened, Plan, check_widths, existing, find_problems, make_plans, open_model
+from ldm.checkpoint import (
+    TINY,
+    CheckpointError,
+    Opened,
+    Plan,
+    check_widths,
+    existing,
+    find_problems,
+    make_plans,
+    open_model,
+    vae_config,
+)
 from ldm.lora import ADAPTER, ROLES
 from ldm.models import SD1, Finding, identify
 from ldm.source import Source, views
-from ldm.vae import VAE, VAEConfig
+from ldm.vae import VAE, TinyConfig, VAEConfig
 
 EMA = re.compile(r"model_ema\..*")
 BITS = re.compile(r"\d+")  # in the name of a dtype: BF16, F8_E4M3
@@ -124,7 +135,7 @@ def inspect(path: str | Path) -> Report:
     report = basic(path, [source], finding)
     match finding.kind:
         case "VAE":
-            return vae_report(report, source, folder.vae_config(path) if path.is_dir() else SD1.vae)
+            return vae_report(report, source, vae_config(path, source, SD1.vae))
         case "LoRA":
             return lora_report(report, source)
         case "embedding":
@@ -214,15 +225,19 @@ def vae_report(report: Report, source: Source, config: VAEConfig) -> Report:
     """Of a file that has a VAE alone. SD 1, SD 2 and SDXL have the same shapes."""
     plan = Plan(VAE, config, source, ldm.vae.keys.spellings, ldm.vae.keys.PREFIX)
     problems = find_problems({"vae": plan})
-    latents = next((s[1] for n, s in source.shapes.items() if n.endswith("decoder.conv_in.weight") and len(s) > 1), 0)
-    fits = not problems and latents == config.latent_channels
+    firsts = (r"(.*\.)?decoder\.conv_in\.weight", re.escape(TINY))
+    latents = next((s[1] for n, s in source.shapes.items() if re.fullmatch("|".join(firsts), n) and len(s) > 1), 0)
+    known = SD1.vae.latent_channels
+    fits = not problems and latents == known
+    tiny = "TAESD, " if isinstance(config, TinyConfig) else ""
+    ours = fits and (tiny or config == SD1.vae)
     return replace(
         report,
-        name=f"of {latents} latent channels" + (", for SD 1.x, SD 2.x or SDXL" if fits and config == SD1.vae else ""),
+        name=f"{tiny}of {latents} latent channels" + (", for SD 1.x, SD 2.x or SDXL" if ours else ""),
         parts={"vae": stored(plan)},
         missing=tuple(problems.get("missing", ())),
         unexpected=tuple(line for kind, lines in problems.items() if kind != "missing" for line in lines),
-        problem="" if fits else f"this version does VAEs of {config.latent_channels} latent channels, shaped as SD 1's",
+        problem="" if fits else f"this version does VAEs of {known} latent channels, shaped as SD 1's",
         python=f"pipe = ldm.Pipeline.from_pretrained(MODEL, vae={str(report.path)!r})" if fits else "",
     )
 

@@ -161,6 +161,7 @@ PIECES = {
     ),
     r"control_model\..*|controlnet_.*": ("ControlNet", "a ControlNet", ADDITION),
     r"(first_stage_model\.)?decoder\.conv_in\.weight": ("VAE", "a VAE alone", "load a model, with this file as vae="),
+    r"decoder\.layers\.0\.weight": ("VAE", "a TAESD", "load a model, with this file as vae="),
     r"down_blocks\.0\.resnets\..*": ("UNet", "a UNet alone", "give the folder that has model_index.json"),
     r"(diffusion_model\.)?input_blocks\.0\.0\.weight": ("UNet", "a UNet alone", "give a file that has the whole model"),
     r"(.*\.)?token_embedding\.weight": (

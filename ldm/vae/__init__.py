@@ -1,6 +1,7 @@
 """The autoencoder between pixels and latents."""
 
-from ldm.vae.config import VAEConfig
+from ldm.vae.config import TinyConfig, VAEConfig
+from ldm.vae.tiny import TinyVAE
 from ldm.vae.vae import VAE, Gaussian
 
-__all__ = ["VAE", "Gaussian", "VAEConfig"]
+__all__ = ["VAE", "Gaussian", "TinyConfig", "TinyVAE", "VAEConfig"]

@@ -19,3 +19,11 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels along the side of one latent."""
         return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class TinyConfig(VAEConfig):
+    """TAESD's: one width at every level, latents as the UNet has them."""
+
+    channels: tuple[int, ...] = (64, 64, 64, 64)
+    scaling_factor: float = 1.0

@@ -1,6 +1,6 @@
 """From our names of the VAE's parameters, which are diffusers', to those of the official single files."""
 
-from ldm.vae.config import VAEConfig
+from ldm.vae.config import TinyConfig, VAEConfig
 
 PREFIX = "first_stage_model."
 
@@ -47,5 +47,7 @@ def old_name(name: str) -> str:
 
 def spellings(config: VAEConfig, name: str) -> tuple[str, ...]:
     """The names under which a file may hold our parameter: one per layout, layouts in the same order for all names."""
+    if isinstance(config, TinyConfig):
+        return PREFIX + name, name
     official = official_name(config, name)
     return PREFIX + official, official, name, old_name(name)
