@@ -44,15 +44,19 @@ class Maps(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._sums)
 
+    def clear(self) -> None:
+        self._sums.clear()
+        self._counts.clear()
+
     def add(self, layer: str, new: Tensor) -> None:
         """The weights (rows,heads,tokens,h,w) of one evaluation. Its last rows are the prompts', however many it has.
 
-        Raises ValueError for other tokens, h or w than those before.
+        Raises ValueError for other tokens than those before.
         """
         total, count = self._sums.get(layer, new[:0]), self._counts.get(layer, new.new_zeros(0))
-        if new.shape[2:] != total.shape[2:]:
-            was, now = list(total.shape[2:]), list(new.shape[2:])
-            raise ValueError(f"capture saw {was} of tokens, h and w, then {now} in {layer}: capture each run by itself")
+        if new.shape[2] != total.shape[2]:
+            was, now = total.shape[2], new.shape[2]
+            raise ValueError(f"capture saw texts of {was} tokens, then of {now}: capture each run by itself")
         ones = new.new_ones(len(new))
         if len(new) > len(total):
             total, new, count, ones = new, total, ones, count
@@ -97,19 +101,23 @@ def shares(heat: Tensor, plan: PromptPlan) -> list[tuple[str, Tensor]]:
 def capture(unet: UNet) -> Iterator[Maps]:
     """Catch the cross-attention of whatever runs on this UNet inside the block; see `Maps`.
 
-    One run to a block: another size, or another length of the text, is a ValueError. Rows that not every evaluation has
-    (under guidance_interval) are means over those that have them. With gradients, evaluations on the way back count.
+    One run to a block. A run at another size begins anew, so that an enlargement's maps are of its last pass; another
+    length of the text is a ValueError. Rows that not every evaluation has (under guidance_interval) are means over
+    those that have them. With gradients, evaluations on the way back count.
     """
     if not isinstance(unet, UNet):
         raise ValueError(f"capture of a {type(unet).__name__}: give the net that looks at the text, pipe.unet")
     maps = Maps()
     context = torch.empty(0)
-    size = torch.Size()
+    whole = size = torch.Size()
 
     # Plain functions: a copy of the net, as for tiling, shares them and not a copy of the maps.
     def begin(net: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        nonlocal context
+        nonlocal context, whole
         context = args[2] if len(args) > 2 else given["context"]
+        if args[0].shape[-2:] != whole:
+            maps.clear()
+        whole = args[0].shape[-2:]
 
     def measure(transformer: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal size

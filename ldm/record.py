@@ -177,7 +177,7 @@ class Recorder:
     def __call__(self, step: Step) -> None:
         if self.callback is not None:
             self.callback(step)  # which may change x in place
-        if step.i == 0:
+        if step.i == 0 or not self.sigmas:  # a sampler of the caller's may count from another number
             self.sigmas.append([float(step.sigma)])
         self.sigmas[-1].append(float(step.sigma_next))
         self.marks.append([mark(x) for x in step.x])

@@ -172,9 +172,16 @@ def test_of_a_unet_alone(pipe):
 
 
 def test_one_run_to_a_block(pipe):
-    with pytest.raises(ValueError, match=r"then \[32, 6, 6\] in down_blocks"), ldm.capture(pipe.unet):
-        pipe("", steps=1, progress=False)
-        pipe("", steps=1, width=48, height=48, progress=False)
+    with pytest.raises(ValueError, match="texts of 32 tokens, then of 64"), ldm.capture(pipe.unet):
+        pipe("", guidance_scale=1, steps=1, progress=False)
+        pipe("red BREAK heart", guidance_scale=1, steps=1, progress=False)
+
+
+def test_of_an_enlargement_its_last_pass(pipe):
+    with ldm.capture(pipe.unet) as maps:
+        pipe("red heart", enlarge=1.5, strength=0.9, steps=2, progress=False)
+    assert maps.heat().shape[-2:] == (12, 12)
+    assert {float(count) for counts in maps._counts.values() for count in counts} == {1.0}  # .9 of two steps is one
 
 
 def test_the_mean_of_layers_of_different_sizes():

@@ -13,6 +13,7 @@ from ldm import record
 from ldm.__main__ import main
 from ldm.image import read_record
 from ldm.record import Left, Record, directions, mark, projections
+from ldm.samplers.euler import euler
 from ldm.unet import UNet
 
 
@@ -203,3 +204,13 @@ def test_what_a_callback_changes(pipe):
     moved = pipe("red heart", steps=2, progress=False, callback=lambda step: step.x.mul_(1.5))
     (one,), (other,) = plain.records(), moved.records()
     assert one.left_by(other).step == 0 and one.left_by(other).relative == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_sampler_that_counts_from_one(pipe):
+    def from_one(denoise, x, sigmas, noise):
+        for step in euler(denoise, x, sigmas, noise):
+            yield step._replace(i=step.i + 1)
+
+    (own,) = pipe("red heart", steps=2, sampler=from_one, progress=False).records()
+    (known,) = pipe("red heart", steps=2, sampler="euler", progress=False).records()
+    assert own.sigmas == known.sigmas and own.left_by(known) is None

@@ -203,6 +203,8 @@ class TestBrowser:
         browser.press("End")
         alts = browser.run("[...document.querySelectorAll('.x0 img')].map((image) => image.alt)")
         assert [alt.split("step ")[1] for alt in alts] == ["6", "4"]
+        captions = browser.run("[...document.querySelectorAll('.x0 figcaption')].map((caption) => caption.textContent)")
+        assert [caption.endswith(", its last step") for caption in captions] == [False, True]
         assert "Steps: 6" in browser.run("document.querySelectorAll('.runs > section p')[0].textContent")
         assert browser.complaints() == []
 

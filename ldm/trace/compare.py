@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.parameters import split
+from ldm.parity.difference import measure
 from ldm.trace import Trace
 
 # The net's two noises, the guided one, what they say of x0, the noise that is drawn, x; then the next step's sigma.
@@ -18,8 +19,8 @@ QUANTITIES = ("sigma", "eps_uncond", "eps_cond", "eps", "x0", "noise", "x", "sig
 class Difference:
     """Of one quantity in one step, None before the first one.
 
-    relative: to the largest value. ulp: how many floating numbers lie between the two that are farthest apart. Where
-    one of them is not there, or of another shape, these are infinite and `why` says so.
+    relative: to the first run's largest value, and in ulp of it, as `ldm.parity` counts them. Where one of the two is
+    not there, or of another shape, these are infinite and `why` says so.
     """
 
     quantity: str
@@ -36,7 +37,7 @@ class Difference:
 
 
 def numbers(d: Difference) -> str:
-    return f"max abs {d.largest:<10.3g}relative {d.relative:<10.3g}{d.ulp:,.0f} ulp"
+    return f"max abs {d.largest:<10.3g}relative {d.relative:<10.3g}{d.ulp:,.3g} ulp"
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,10 @@ def difference(quantity: str, step: int | None, sigma: float, a: Tensor | None, 
             return None
         has = ["nothing" if t is None else f"{tuple(t.shape)}" for t in (a, b)]
         return Difference(quantity, step, sigma, torch.inf, torch.inf, torch.inf, f"{has[0]} and {has[1]}")
-    if torch.equal(a, b):
+    found = measure(b, a)
+    if found.absolute == 0:
         return None
-    apart = (a.double() - b.double()).abs()
-    at = int(apart.argmax())
-    largest, scale = float(apart.max()), float(torch.maximum(a.abs(), b.abs()).max())
-    return Difference(quantity, step, sigma, largest, largest / scale, ulps(a.flatten()[at], b.flatten()[at]))
-
-
-def ulps(a: Tensor, b: Tensor) -> int:
-    """How many steps from one floating number () to the next lead from a to b, in their dtype (a's, if they differ)."""
-    whole = {torch.float64: torch.int64, torch.float32: torch.int32}.get(a.dtype, torch.int16)
-
-    def place(value: Tensor) -> int:
-        """Among all of them, 0 for 0: their bits, read as sign and magnitude."""
-        bits = int(value.to(a.dtype).view(whole))
-        return bits if bits >= 0 else -(bits + 2 ** (8 * a.element_size() - 1))
-
-    return abs(place(a) - place(b))
+    return Difference(quantity, step, sigma, found.absolute, found.relative, found.ulp)
 
 
 def settings(a: Trace, b: Trace) -> dict[str, tuple[str, str]]:
