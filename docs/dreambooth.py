@@ -61,7 +61,9 @@ def load(result: Path | None) -> ldm.Pipeline:
 
 def draw(pipe: ldm.Pipeline, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
     """(n,64,64,3) uint8."""
-    return np.stack([np.asarray(image) for image in pipe([*prompts], seed=[*seeds], progress=False).images])
+    return np.stack(
+        [np.asarray(image) for image in pipe([*prompts], seed=[*seeds], guidance_scale=2, progress=False).images]
+    )
 
 
 def drawings(pipe: ldm.Pipeline, others: Sequence[str]) -> dict[str, np.ndarray]:

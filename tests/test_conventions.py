@@ -26,6 +26,7 @@ from ldm import levels
 from ldm.conventions import CONVENTIONS, ENTRIES, LIVE, Conventions, explain, proof, with_one
 from ldm.image import to_images
 from ldm.noise import SeededNoise, drawn_each_step
+from ldm.run import begin
 from ldm.samplers import SAMPLERS, Schedule, euler, euler_ancestral
 from ldm.settings import Settings
 
@@ -57,7 +58,7 @@ def assert_same(pipe, how, call, theirs):
     """Ours is the run `theirs`, which may have fewer quantities. Most pixels are the same, the others next to it."""
     settings = Settings(conventions=how, **call)
     if "sigmas" in theirs:  # in float32 diffusers' sigma at t = 0 keeps four digits
-        mine, expected = pipe._begin(settings).sigmas, theirs["sigmas"].double()
+        mine, expected = begin(pipe, settings).sigmas, theirs["sigmas"].double()
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(mine[:-2], expected[:-2], rtol=1e-5, atol=0)
     out, told = watched(pipe.unet, lambda: pipe.run(settings, progress=False))

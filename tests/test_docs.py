@@ -55,7 +55,7 @@ def test_loop(tmp_path, monkeypatch):
     assert (second - first).norm() < (alone - first).norm()
     again = np.asarray(backwards["pictures"][0], float) - np.asarray(inpainting["heart"].images[0], float)
     assert np.abs(again).mean() < 8
-    assert gradients["loss"] < 1.8  # from 2.05
+    assert gradients["loss"] < 2.5  # from 2.92
 
 
 def test_step(tmp_path, monkeypatch, capsys):
@@ -80,21 +80,28 @@ def test_step(tmp_path, monkeypatch, capsys):
 
 
 def test_wrong_layer(tmp_path, monkeypatch):
-    """What the page shows is what is printed, but for the figures of rounding."""
+    """What the page shows is what is printed, but for figures below 100, which may be rounding."""
     monkeypatch.chdir(tmp_path)
     names = {}
     outputs = runpy.run_path(str(ROOT / "docs" / "parity.py"))["run"](names)
     assert len(outputs) == 3
     for shown, printed in outputs:
         assert [*map(words, shown.splitlines())] == [*map(words, printed.splitlines())]
+        large = [[n for n in map(float, re.findall(NUMBER, text)) if n >= 100] for text in (shown, printed)]
+        assert large[0] == pytest.approx(large[1], rel=0.1)
+        for counted in (r"\d+ faults", r"all \d+ outputs"):
+            assert re.findall(counted, shown) == re.findall(counted, printed)
     assert [fault.culprit for fault in names["report"].faults] == [
         "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
     ]
 
 
+NUMBER = r"(?<![\w.])\d[\d.]*(?:e[+-]\d+)?(?=\s|$)"
+
+
 def words(line: str) -> list[str]:
     """Without the columns of figures."""
-    return [word for word in line.split() if not re.fullmatch(r"[\d.]+(e[+-]\d+)?", word)]
+    return [word for word in line.split() if not re.fullmatch(NUMBER, word)]
 
 
 def test_conventions(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from ldm.guidance import (
     perp_neg,
 )
 from ldm.pipeline import DEFAULT_MODEL
+from ldm.run import inpaints
 from ldm.samplers import Prediction, Schedule, ddim, euler, euler_cfg_pp, net_denoiser
 
 SIGMA = torch.tensor(3.0, dtype=torch.float64)
@@ -487,7 +488,7 @@ class TestModels:
         """A guidance of one of the three alone is the run of that one alone; for two different pictures."""
         pipe = made(kind)
         settings = {"prompt": [CAT, RED], "seed": [3, 4], "image": photo(), "strength": 0.8, "steps": 2}
-        if pipe._inpaints:
+        if inpaints(pipe):
             settings["mask"] = Image.new("L", photo().size, 255)
         negative = {"negative_prompt": [RED, "a cat"]}
         empty = ours(pipe, **settings, **negative, guidance=only_empty)

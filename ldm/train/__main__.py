@@ -9,6 +9,7 @@
     ldm train data       rebuild the pictures from their npm packages
     ldm train vae        train the VAE
     ldm train diffusion  train the UNet and the text encoder on the VAE's latents
+    ldm train decoder    train the VAE's decoder on what a sampler leaves in the latents
     ldm train export     write what has been learnt so far as a diffusers folder
     ldm train evaluate   measure a model; draw its contact sheet and, where the logs are, the loss curves
     ldm train curves     the same scores by guidance, steps and clip skip, as a picture; not part of `emoji`
@@ -19,7 +20,7 @@ A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was whe
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,9 +28,11 @@ from typing import Any, get_args
 import torch
 
 from ldm.pipeline import Pipeline
+from ldm.samplers.schedule import Schedule
 from ldm.train import processes, state
 from ldm.train.curves import curves
-from ldm.train.diffusion import Nets, train_diffusion
+from ldm.train.decoder import train_decoder
+from ldm.train.diffusion import Nets, train_diffusion, vocabulary
 from ldm.train.dreambooth import dreambooth, embedding, finetune
 from ldm.train.emoji import build
 from ldm.train.evaluate import contact_sheet, evaluate, sheet_prompts
@@ -56,15 +59,30 @@ def diffusion_verb(a: argparse.Namespace) -> None:
     train_diffusion(a.data, vae_verb(a), a.runs / "diffusion", steps=a.steps)
 
 
-def export_verb(a: argparse.Namespace) -> None:
+def trained_pipeline(a: argparse.Namespace) -> Pipeline:
+    """The nets with the averages of their weights, and the VAE as it was trained on pictures."""
     folder, vae = a.runs / "diffusion", vae_verb(a)
     vae.config = replace(CONFIG, scaling_factor=torch.load(folder / "latents.pt", weights_only=True)["scaling_factor"])
     nets = Nets()
     if (path := state.newest(folder)) is None:
         raise FileNotFoundError(f"{folder} has no state of a training: run `diffusion` first")
     nets.load_state_dict(state.part(state.read(path)[0], "ema"))
+    nets.eval().requires_grad_(False)
+    return Pipeline(nets.unet, vae, nets.text_encoder, vocabulary(folder), Schedule(), "v_prediction", size=64)
+
+
+def decoder_verb(a: argparse.Namespace) -> Pipeline:
+    """With the trained decoder; where its training has ended, that is only to load it."""
+    pipe = trained_pipeline(a)
+    train_decoder(a.data, pipe, a.runs / "decoder")
+    return pipe
+
+
+def export_verb(a: argparse.Namespace) -> None:
+    pipe = decoder_verb(a)
+    assert pipe.text_encoder is not None
     if processes.rank() == 0:
-        export(nets.unet, vae, nets.text_encoder, folder / "tokenizer", a.model)
+        export(pipe.unet, pipe.vae, pipe.text_encoder, a.runs / "diffusion" / "tokenizer", a.model)
 
 
 def evaluate_verb(a: argparse.Namespace) -> None:
@@ -72,8 +90,9 @@ def evaluate_verb(a: argparse.Namespace) -> None:
     if processes.rank() > 0:
         return
     evaluate(a.model, a.data, count=a.count, guidance_scale=a.guidance_scale)
-    contact_sheet(Pipeline.from_pretrained(a.model), sheet_prompts(a.data), a.model.parent / "sheet.png")
-    runs = {name: a.runs / name for name in ("vae", "diffusion")}
+    sheet = a.model.parent / "sheet.png"
+    contact_sheet(Pipeline.from_pretrained(a.model), sheet_prompts(a.data), sheet, a.guidance_scale)
+    runs = {name: a.runs / name for name in ("vae", "diffusion", "decoder")}
     if all((run / "log.jsonl").exists() for run in runs.values()):
         plot(runs, a.model.parent / "loss.png")
 
@@ -82,10 +101,11 @@ def curves_verb(a: argparse.Namespace) -> None:
     curves(a.model, a.data, a.model.parent / "curves.png", guidance_scale=a.guidance_scale, steps=30)
 
 
-PARTS = {
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "data": data_verb,
     "vae": vae_verb,
     "diffusion": diffusion_verb,
+    "decoder": decoder_verb,
     "export": export_verb,
     "evaluate": evaluate_verb,
 }
@@ -226,9 +246,9 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
         part.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
         part.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")
-        part.add_argument("--steps", type=int, default=7_000, help="of the diffusion, 64 pictures each")
+        part.add_argument("--steps", type=int, default=16_000, help="of the diffusion, 64 pictures each")
         part.add_argument("--count", type=int, help="prompts of each kind to measure (default: all)")
-        part.add_argument("--guidance-scale", type=float, default=7.5, help="to measure with (default %(default)s)")
+        part.add_argument("--guidance-scale", type=float, default=2.0, help="to measure with (default %(default)s)")
         part.set_defaults(function=curves_verb if verb == "curves" else emoji_verb)
     return p
 

@@ -20,8 +20,8 @@ def load(file: Path) -> tuple[np.ndarray, list[dict]]:
     return data["images"], json.loads(str(data["captions"]))
 
 
-def composite(rgba: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """(n,64,64,4) uint8 over one colour -> (n,64,64,3) uint8."""
+def composite(rgba: np.ndarray, background: tuple[int, int, int] | np.ndarray = (255, 255, 255)) -> np.ndarray:
+    """(n,64,64,4) uint8 over one colour, or one each (n,1,1,3) -> (n,64,64,3) uint8."""
     alpha = rgba[..., 3:].astype(np.uint16)
     ground = np.array(background, dtype=np.uint16)
     return ((rgba[..., :3].astype(np.uint16) * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from ldm.image import save
 from ldm.pipeline import Pipeline
@@ -38,7 +39,7 @@ def evaluate(
     *,
     count: int | None = None,
     steps: int = 30,
-    guidance_scale: float = 7.5,
+    guidance_scale: float = 2.0,
     seed: int = 0,
 ) -> dict:
     """Print a Markdown report; return {"vae": {split: {"psnr", "ssim"}}, "kid": {pictures: number},
@@ -112,7 +113,7 @@ def generate(pipe: Pipeline, meta: list[dict], seed: int = 0, **settings: Any) -
     """A picture for each caption -> (n,64,64,3) uint8."""
     prompts = [caption(m) for m in meta]
     images: list[Image.Image] = []
-    for i in range(0, len(prompts), BATCH):
+    for i in tqdm(range(0, len(prompts), BATCH), leave=False):
         batch = prompts[i : i + BATCH]
         images += pipe(batch, seed=[seed + i + k for k in range(len(batch))], progress=False, **settings).images
     return np.stack([np.asarray(image) for image in images])
@@ -156,10 +157,11 @@ def sheet_prompts(data_file: Path, count: int = 64) -> list[str]:
     return sorted(captions, key=lambda c: hashlib.sha1(c.encode()).digest())[:count]
 
 
-def contact_sheet(pipe: Pipeline, prompts: list[str], file: Path) -> None:
+def contact_sheet(pipe: Pipeline, prompts: list[str], file: Path, guidance_scale: float = 2.0) -> None:
     """A PNG of eight pictures in a row, twice as large, each above its prompt; picture i has seed i, 30 steps."""
     side, text, gap = 128, 26, 8
-    images = pipe(prompts, seed=list(range(len(prompts))), steps=30, progress=False).images
+    settings: dict[str, Any] = {"steps": 30, "guidance_scale": guidance_scale, "progress": False}
+    images = pipe(prompts, seed=list(range(len(prompts))), **settings).images
     sheet = Image.new("RGB", (8 * (side + gap) + gap, -(-len(prompts) // 8) * (side + text + gap) + gap), "white")
     write = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(10)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,7 +22,9 @@ from safetensors.torch import load_file
 from ldm import checkpoint, save
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import Tokenizer, byte_alphabet
-from ldm.train import captions, diffusion, emoji, evaluate, export, loop, state, text, vae
+from ldm.pipeline import Pipeline
+from ldm.samplers.schedule import Schedule
+from ldm.train import captions, data, decoder, diffusion, emoji, evaluate, export, loop, state, text, vae
 from ldm.train.plot import plot
 from ldm.unet import UNetConfig
 from ldm.vae import VAE, VAEConfig
@@ -244,6 +247,88 @@ class TestTrainings:
             assert losses(tmp_path / "stopped" / part) == losses(tmp_path / "whole" / part)
         no_step_is_run()
         assert_equal(train(tmp_path / "whole").state_dict(), nets.state_dict())
+
+
+class TestDecoder:
+    @pytest.fixture
+    def pipe(self, small, tokenizer):
+        torch.manual_seed(3)
+        nets, autoencoder = diffusion.Nets(), VAE(replace(vae.CONFIG, scaling_factor=0.7))
+        words = Tokenizer.from_files(tokenizer / "vocab.json", tokenizer / "merges.txt", length=captions.LENGTH)
+        parts = (nets.unet, autoencoder, nets.text_encoder, words)
+        for net in (nets, autoencoder):
+            net.requires_grad_(False)
+        return Pipeline(*parts, Schedule(), "v_prediction", size=64)
+
+    def test_what_it_learns_from(self, pipe, file, meta):
+        """Latents that were noised by little are near to what they were; a net that says nothing leaves the noise."""
+        found = decoder.drawn_again(pipe, file, 1.0, batch=4)
+        rgba = np.load(file)["images"][: PICTURES - 2]
+        mean, std = pipe.vae.encode(data.to_tensor(data.composite(rgba)))
+        for name, value in (("mean", mean), ("std", std)):
+            torch.testing.assert_close(found[name].float(), value, rtol=1e-3, atol=1e-3)
+        assert found["drawn"].shape == mean.shape
+        torch.nn.init.zeros_(pipe.unet.conv_out.weight)
+        torch.nn.init.zeros_(pipe.unet.conv_out.bias)
+        silent = decoder.drawn_again(pipe, file, 1.0, batch=4)
+        sigma = pipe.schedule.sigmas(decoder.STEPS, "leading")[-1 - decoder.LAST[0]]
+        # v = 0 is x0 = x / (1 + sigma^2): from sigma to 0 the ODE divides x by sqrt(1 + sigma^2); Euler nearly so.
+        noise = torch.randn(4, 4, 16, 16, generator=loop.step_generator(0, 0))
+        expected = (mean[:4] + sigma * noise / 0.7) / (1 + sigma**2).sqrt()
+        torch.testing.assert_close(silent["drawn"][:4].float(), expected.float(), rtol=0.05, atol=0.05)
+
+    def test_sparse(self):
+        """By hand: one pixel of 4 is 3 grey levels off, and 2 of the 4 differences with it. Past white is white."""
+        image = torch.tensor([[[[0.0, 0.0], [0.0, 1.0]]]])
+        out = image.clone()
+        out[..., 0, 0] += 3 * decoder.LEVEL
+        out[..., 1, 1] += 1
+        expected = np.log(4) * (1 / 4 + 3 * 1 / 2 + 3 * 1 / 2)
+        assert float(decoder.sparse(out, image)) == pytest.approx(expected, rel=1e-6)
+
+    def test_either_but_not_the_mean(self):
+        """Two pictures for one latent: the squared error is least between them, this at one of the two."""
+        images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.5)])
+        losses = [
+            float(decoder.sparse(torch.full((2, 3, 4, 4), value), images)) for value in (0.0, 0.125, 0.25, 0.375, 0.5)
+        ]
+        assert losses[0] == pytest.approx(losses[4], rel=1e-6) and max(losses) == losses[2]
+
+    def test_ground(self, pipe, file, monkeypatch):
+        """Every second batch on a colour, which its captions name; the picture of the latents stands on it."""
+        monkeypatch.setattr(decoder, "COLOURED", 2)
+        said, settings = [], decoder.Settings
+        monkeypatch.setattr(decoder, "Settings", lambda texts, **how: said.append(texts) or settings(texts, **how))
+        found = decoder.drawn_again(pipe, file, 1.0, batch=4)
+        assert found["ground"][:4].unique().tolist() == [255]
+        colour = next(name for name in data.BACKGROUNDS if name != "white")
+        assert found["ground"][4:8].flatten(0, 2).tolist() == [list(data.BACKGROUNDS[colour])] * 4
+        assert all(text.endswith(f", {colour} background") for text in said[1])
+        assert not any("background" in text for text in said[0])
+        rgba = np.load(file)["images"][4:8]
+        mean = pipe.vae.encode(data.to_tensor(data.composite(rgba, data.BACKGROUNDS[colour]))).mean
+        torch.testing.assert_close(found["mean"][4:8].float(), mean, rtol=1e-3, atol=1e-3)
+
+    def test_training(self, pipe, file, tmp_path, no_step_is_run):
+        before = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
+        train = partial(decoder.train_decoder, file, pipe, tmp_path / "run", steps=24, batch=BATCH, lr=0.02)
+        after = {name: value.clone() for name, value in train().state_dict().items()}
+        changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"decoder", "post_quant_conv"}
+        no_step_is_run()
+        pipe.vae.load_state_dict(before)
+        assert_equal(train().state_dict(), after)
+
+
+def test_timesteps():
+    """At first the later the likelier, then one half of them, then a quarter; within five standard deviations."""
+    phases = {0: lambda t: t**2, 2500: lambda t: (t**2 + t) / 2, 9000: lambda t: t**2 / 4 + 0.75 * t**0.5}
+    for step, below in phases.items():
+        t = diffusion.draw_t(20_000, step, torch.Generator().manual_seed(step))
+        assert t.min() >= 0 and t.max() == 999
+        for share in (0.1, 0.5, 0.9):
+            p = below(share)
+            assert abs((t < 1000 * share).double().mean() - p) < 5 * (p * (1 - p) / 20_000) ** 0.5
 
 
 class TestExport:
