@@ -4,9 +4,9 @@ Module names are those of diffusers' UNet2DConditionModel.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.kernels import norm_silu
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
 from ldm.unet.transformer import SpatialTransformer
@@ -107,10 +107,11 @@ class UNet(nn.Module):
         if self.config.vector_width is not None:
             temb = temb + self.add_embedding(vector)
 
+        x = x.contiguous(memory_format=torch.channels_last)  # as oneDNN and cuDNN compute, and attention wants pixels
         skips = [self.conv_in(x)]  # (B,C,h,w)
         for down in self.down_blocks:
             skips += down(skips[-1], temb, context)  # (B,mC,h/2^k,w/2^k)
         x = self.mid_block(skips[-1], temb, context)
         for up in self.up_blocks:
             x = up(x, skips, temb, context)  # (B,mC,h/2^k,w/2^k)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B,out,h,w)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # (B,out,h,w)
