@@ -1,7 +1,7 @@
-"""What the nets spend their time on, in the fastest way that a CPU has for it; `plain` is the same as PyTorch has it.
+"""What the nets spend their time on, each with the plain way, which is to be read, and a faster one on CPUs.
 
-Nothing here is another formula: only sums are taken in another order, as with other sizes of blocks. The plain way is
-taken wherever gradients may be wanted, on other devices, under torch.compile, and for small products.
+The faster ones are no other formulas: only sums are taken in another order. The plain way is taken wherever gradients
+are wanted, on other devices, under torch.compile, and for small products.
 """
 
 import functools
@@ -19,8 +19,9 @@ SCORES = 2**20  # of one head that stand in memory at a time: 4 MB, which stay i
 FEW_PIXELS = 256  # a convolution of no more takes longer to rearrange its weights than to compute
 
 # Products by oneDNN, as torch.compile calls them, of (x, weight, bias, ...), and of (x, other, weight, bias, ...).
-PRODUCT = torch.ops.mkldnn._linear_pointwise
-GATED = PRODUCT.binary
+# (Without oneDNN, as on ARM, PyTorch does not have them.)
+PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+GATED = getattr(PRODUCT, "binary", None)
 
 
 def fits(x: Tensor, weight: Tensor, multiplications: int) -> bool:
@@ -31,7 +32,7 @@ def fits(x: Tensor, weight: Tensor, multiplications: int) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
     )
@@ -41,7 +42,7 @@ def fits(x: Tensor, weight: Tensor, multiplications: int) -> bool:
 def onednn_is_faster() -> bool:
     """Than the library that PyTorch takes for products of float32 matrices, which on some processors uses half of what
     they can do: told by trying both once, for some hundredths of a second."""
-    if not torch.backends.mkldnn.is_available():
+    if PRODUCT is None:
         return False
     x, weight = torch.ones(512, 1024), torch.ones(1024, 1024)
 
@@ -57,6 +58,7 @@ def onednn_is_faster() -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """activation(F.linear(x, weight, bias)) by oneDNN."""
+    assert PRODUCT is not None
     return PRODUCT(x, weight, bias, activation, [], "none")
 
 
@@ -68,8 +70,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """silu(norm(x)), in the memory of norm(x) unless gradients may be wanted or somebody watches the norm."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled() and not watched(norm))
+    """silu(norm(x)), in the memory of norm(x) unless gradients are wanted or somebody watches the norm."""
+    y = norm(x)
+    return F.silu(y, inplace=not y.requires_grad and not watched(norm))
 
 
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
@@ -77,6 +80,7 @@ def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
     if not watched(proj) and fits(x, proj.weight, x[0].numel() * len(proj.weight)):
         (weight_a, weight_b), (bias_a, bias_b) = proj.weight.chunk(2), proj.bias.chunk(2)
         gate = product(x, weight_b, bias_b, "gelu")
+        assert GATED is not None
         return GATED(x, gate, weight_a, bias_a, "mul")
     a, b = proj(x).chunk(2, dim=-1)
     return a * F.gelu(b)

@@ -88,7 +88,8 @@ def small():
 
 def with_gradients():
     with torch.enable_grad():
-        return kernels.Linear(256, 256)(torch.randn(2, 300, 256))
+        assert kernels.Linear(256, 256)(torch.randn(2, 300, 256)).requires_grad
+        attention(torch.randn(1, 1024, 80, requires_grad=True), *torch.randn(2, 1, 1024, 80), 2).sum().backward()
 
 
 def in_float64():
@@ -115,6 +116,12 @@ def test_plain_where_onednn_is_not_faster(calls, monkeypatch):
     kernels.Linear(256, 256)(torch.randn(2, 300, 256))
     GEGLU(128, 512)(torch.randn(2, 300, 128))
     assert calls["calls"] == 0
+
+
+def test_plain_without_onednn(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "PRODUCT", None)
+    assert not kernels.onednn_is_faster.__wrapped__()
 
 
 @pytest.mark.parametrize("faster", [True, False])
