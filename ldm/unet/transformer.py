@@ -50,10 +50,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attend(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.attn1(x, x)
 
 
 class SpatialTransformer(nn.Module):
