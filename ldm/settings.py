@@ -33,6 +33,12 @@ CHOICES = {
     "enlarge_filter": ("latent", "latent-nearest", "latent-bicubic", "nearest", "bilinear", "bicubic", "lanczos"),
 }
 
+# Sets of approximations, from the table in the README: `pipe.fast(name)`.
+FAST: dict[str, dict[str, Any]] = {
+    "balanced": {"deep_cache": 2},
+    "draft": {"deep_cache": 4, "token_merging": 0.5},
+}
+
 
 def is_utf8(text: str) -> bool:
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)

@@ -6,6 +6,7 @@ from parity import randomise
 from torch import nn
 
 import ldm
+from ldm.settings import FAST
 from ldm.unet import UNet, UNetConfig
 from ldm.unet.approximate import DeepCache, merged, merging
 from ldm.unet.transformer import Attention
@@ -161,3 +162,13 @@ class TestTokenMerging:
 def test_input(name, value):
     with pytest.raises(ValueError, match=f"{name}="):
         ldm.Settings("", **{name: value})
+
+
+def test_documented_sets():
+    for name, settings in FAST.items():
+        assert ldm.Pipeline.fast(name) == settings
+        assert ldm.Settings("", **settings)
+        ldm.Pipeline.fast(name).clear()
+        assert ldm.Pipeline.fast(name) == settings != {}
+    with pytest.raises(ValueError, match=r"fast\('fastest'\): use 'balanced' or 'draft'"):
+        ldm.Pipeline.fast("fastest")
