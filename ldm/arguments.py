@@ -203,6 +203,14 @@ def settings_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--guidance-rescale", type=float, default=0.0, metavar="R", help="tame strong guidance, 0 to 1 (default 0)"
     )
+    p.add_argument("--deep-cache", type=int, default=1, metavar="N", help="every Nth evaluation is whole (default 1)")
+    p.add_argument(
+        "--token-merging",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="share of tokens left out, 0 to 0.75 (default 0)",
+    )
     p.add_argument("--seed", type=seeds, default=0, metavar="N[,N]", help="one, or one for each picture (default 0)")
     p.add_argument("--subseed", type=seeds, metavar="N[,N]", help="of the noise that the seed's is turned to")
     p.add_argument("--subseed-strength", type=float, default=0.0, metavar="S", help="how far, 0 to 1 (default 0)")

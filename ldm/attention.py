@@ -1,8 +1,9 @@
 """The one attention that the three nets share."""
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from ldm import kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -12,5 +13,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     broadcasts to (B,heads,N,M).
     """
     q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = kernels.attention(q, k, v, mask)
     return rearrange(out, "b h n d -> b n (h d)")

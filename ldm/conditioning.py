@@ -10,6 +10,7 @@ from ldm.guidance import Guide, asked, bound, cfg, guided, only_between
 from ldm.samplers import Denoiser, net_denoiser
 from ldm.settings import Settings
 from ldm.unet import vector_embedding
+from ldm.unet.approximate import DeepCache, merged
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -30,13 +31,16 @@ def denoiser(
     scores = [s.negative_aesthetic_score] * s.count * (len(parts) - 1) + [s.aesthetic_score] * s.count
     vector = None if pipe.unet.config.vector_width is None else size_vector(pipe, s, pooled, size, scores)
 
+    unet = pipe.unet if s.token_merging == 0 else merged(pipe.unet, s.token_merging)
+
     def under(rows: slice) -> Denoiser:
         own = None if vector is None else vector[rows]
+        cached = unet if s.deep_cache == 1 else DeepCache(unet, s.deep_cache)
 
         def net(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
             if seen is not None:
                 x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
-            return pipe.unet(x, t, context, own)
+            return cached(x, t, context, own)
 
         return net_denoiser(net, context[rows], pipe.schedule, pipe.prediction_type, *reading)
 

@@ -31,6 +31,7 @@ from ldm.settings import LISTS, Settings
 NAMES = {
     "guidance_scale": "CFG scale",
     "guidance_rescale": "CFG rescale",
+    "token_merging": "Token merging ratio",
     "strength": "Denoising strength",
     "subseed": "Variation seed",
     "subseed_strength": "Variation seed strength",

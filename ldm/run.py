@@ -101,7 +101,8 @@ def begin(pipe: "Pipeline", s: Settings) -> Run:
 def loop(pipe: "Pipeline", s: Settings, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
     """The sampler's loop, with gradients or without as they are now, whatever its consumer does later."""
     grad = torch.is_grad_enabled()
-    if grad and "memory" not in asked(s.guidance_function):  # what remembers its calls must not be called again
+    # What remembers its calls must not be called again.
+    if grad and "memory" not in asked(s.guidance_function) and s.deep_cache == 1:
         denoise = checkpointed(denoise)
     steps = s.sampler_function(denoise, x, sigmas, noise, **levels.options(s, pipe.schedule))
     if not isinstance(steps, Generator):

@@ -33,6 +33,12 @@ CHOICES = {
     "enlarge_filter": ("latent", "latent-nearest", "latent-bicubic", "nearest", "bilinear", "bicubic", "lanczos"),
 }
 
+# Sets of approximations, from the table in the README: `pipe.fast(name)`.
+FAST: dict[str, dict[str, Any]] = {
+    "balanced": {"deep_cache": 2},
+    "draft": {"deep_cache": 4, "token_merging": 0.5},
+}
+
 
 def is_utf8(text: str) -> bool:
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)
@@ -143,6 +149,10 @@ class Settings:
     guidance_interval: (low, high), guide where low < sigma <= high, elsewhere run the prompt alone, which is half of
         the work (Kynkäänniemi et al. 2024 take 0.28 and 5.42 for SDXL).
     guidance_rescale: 0 to 1, tames strong guidance, of any kind, with v prediction (Lin et al. 2023 take 0.7).
+    deep_cache: an approximation: of so many evaluations of the net the first is whole, the others reuse what its deep
+        layers made of that one (DeepCache, Ma et al. 2023). 1: all are whole.
+    token_merging: an approximation: the share, 0 to 0.75, of the finest tokens that self-attention does not see, being
+        merged into others (ToMe, Bolya & Hoffman 2023).
     original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) and (top, left) in
         pixels, as in diffusers; sizes of None are the picture's own. aesthetic_score, negative_aesthetic_score: its
         refiner's.
@@ -188,6 +198,8 @@ class Settings:
     guidance_options: Mapping[str, Any] | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
+    deep_cache: int = 1
+    token_merging: float = 0.0
     original_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
@@ -211,11 +223,15 @@ class Settings:
             raise ValueError(f"steps={self.steps!r}: give a whole number from 1 to 1000")
         shares = ("guidance_rescale", "refiner_start", "subseed_strength")
         scores = ("aesthetic_score", "negative_aesthetic_score")
-        for name in ("strength", "guidance_scale", "mask_blur", "enlarge", *shares, *scores):
+        for name in ("strength", "guidance_scale", "mask_blur", "enlarge", "token_merging", *shares, *scores):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength}: give a number from 0 (the image) to 1 (all new)")
+        if not 0 <= self.token_merging <= 0.75:
+            raise ValueError(f"token_merging={self.token_merging}: give a number from 0 (exact) to 0.75")
+        if not is_whole(self.deep_cache, 1):
+            raise ValueError(f"deep_cache={self.deep_cache!r}: give a whole number of evaluations from 1 (exact)")
         eta = self.eta
         if eta is not None and (isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1):
             raise ValueError(f"eta={eta!r}: give a number from 0 (DDIM) to 1 (DDPM)")

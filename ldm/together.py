@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-MIXING = {torch.conv2d, F.linear}  # the rest of the nets goes row by row, whatever the batch
+from ldm import kernels
+
+# How many of the first arguments have the batch's rows. The rest of the nets goes row by row, whatever the batch.
+MIXING = {torch.conv2d: 1, F.linear: 1, F.group_norm: 1, kernels.PRODUCT: 1, kernels.GATED: 2}
 
 
 class Alone(TorchFunctionMode):
@@ -37,18 +40,22 @@ class Alone(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # What is not one row or more of each picture is shared by all of them.
-        if func not in MIXING or self.count == 1 or len(args[0]) % self.count:
+        # What is not one row or more of each picture is shared by all of them; or it is of one alone, in attention.
+        if func not in MIXING or self.count == 1 or len(args[0]) % self.count or of_one_head(func, args[0]):
             return func(*args, **kwargs)
-        x, *others = args
-        case = func, id(others[0]), x.shape, x.dtype, self.count
+        rows, others = args[: MIXING[func]], args[MIXING[func] :]
+        case = func, id(others[0]), rows[0].shape, rows[0].dtype, self.count
         if self.same.get(case):
-            return func(x, *others, **kwargs)
+            return func(*args, **kwargs)
         # Clones, as a view of every second row has no layout of its own, and that chooses kernels too.
-        parts = [func(x[i :: self.count].clone(), *others, **kwargs) for i in range(self.count)]
+        parts = [func(*(x[i :: self.count].clone() for x in rows), *others, **kwargs) for i in range(self.count)]
         y: Tensor = torch.cat(parts)  # in the memory format of the parts
         for i, part in enumerate(parts):
             y[i :: self.count] = part
         if case not in self.same:
-            self.same[case] = torch.equal(func(x, *others, **kwargs), y)
+            self.same[case] = torch.equal(func(*args, **kwargs), y)
         return y
+
+
+def of_one_head(func: Callable[..., Any], x: Tensor) -> bool:
+    return func is kernels.PRODUCT and x.ndim == 2

@@ -204,6 +204,7 @@ def test_every_setting(pipe, capsys):
     others = [
         {"sampler": "euler", "sampler_options": {"s_churn": 1.5, "s_noise": 1}},
         {"guidance": "apg", "guidance_options": {"eta": 0.5, "momentum": -0.5}, "guidance_interval": (0.3, 5.4)},
+        {"deep_cache": 2, "token_merging": 0.5},
         {"mask": settings["mask"], "padding_mask_crop": 4},
         {"extend": (0, 8, 16, 0), "extend_fill": "mirror"},
         {"enlarge": 1.5, "enlarge_filter": "lanczos", "tile": 32, "tile_overlap": 16},

@@ -14,7 +14,7 @@ import ldm.attention
 import ldm.clip
 import ldm.unet
 import ldm.vae
-from ldm import checkpoint, parity
+from ldm import checkpoint, kernels, parity
 from ldm.clip import text_encoder
 from ldm.parity.difference import laid_out, measure
 from ldm.unet import blocks, transformer
@@ -231,13 +231,13 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "halves of GEGLU": (
         ("unet", None),
-        (transformer, {"a, b = self.proj": "b, a = self.proj"}),
+        (kernels, {"a, b = proj(x)": "b, a = proj(x)"}),
         GEGLU,
         "a gelu(b), [a, b] = proj; here b gelu(a), [a, b] = proj",
     ),
     "gelu by tanh": (
         ("unet", None),
-        (transformer, {"F.gelu(b)": "F.gelu(b, approximate='tanh')"}),
+        (kernels, {"F.gelu(b)": "F.gelu(b, approximate='tanh')"}),
         GEGLU,
         "a gelu(b), [a, b] = proj; here a gelu(b) by tanh, [a, b] = proj",
     ),
@@ -297,7 +297,7 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "attention without its scale": (
         ("unet", None),
-        (ldm.attention, {"attn_mask=mask)": "attn_mask=mask, scale=1.0)"}),
+        (kernels, {"attn_mask=mask)": "attn_mask=mask, scale=1.0)"}),
         ATTENTION,
         "attention of 4 heads, scale 1/sqrt(d), no mask; here attention of 4 heads, scale 1, no mask",
     ),

@@ -34,7 +34,7 @@ def pipe():
 
 def test_what_mixes_rows_is_called_picture_by_picture(monkeypatch):
     """Sums over the rows of three pictures, of which each has two; a product keeps rows apart."""
-    monkeypatch.setattr(together, "MIXING", {torch.cumsum, torch.mul})
+    monkeypatch.setattr(together, "MIXING", {torch.cumsum: 1, torch.mul: 1})
     alone, x = Alone(), torch.tensor([1, 10, 100, 2, 20, 200])
     alone.count = 3
     with alone:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.attention import attention
 from ldm.clip.config import TextConfig
+from ldm.kernels import Linear
 
 
 class TextEncoding(NamedTuple):
@@ -41,10 +42,10 @@ class SelfAttention(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.heads = c.heads
-        self.q_proj = nn.Linear(c.width, c.width)
-        self.k_proj = nn.Linear(c.width, c.width)
-        self.v_proj = nn.Linear(c.width, c.width)
-        self.out_proj = nn.Linear(c.width, c.width)
+        self.q_proj = Linear(c.width, c.width)
+        self.k_proj = Linear(c.width, c.width)
+        self.v_proj = Linear(c.width, c.width)
+        self.out_proj = Linear(c.width, c.width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask))
@@ -54,8 +55,8 @@ class MLP(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.activation = ACTIVATIONS[c.activation]
-        self.fc1 = nn.Linear(c.width, 4 * c.width)
-        self.fc2 = nn.Linear(4 * c.width, c.width)
+        self.fc1 = Linear(c.width, 4 * c.width)
+        self.fc2 = Linear(4 * c.width, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.kernels import Conv2d, norm_silu
+
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """[cos(t w_i), sin(t w_i)], w_i = 10000^(-i / half), float32 (Vaswani et al. 2017; cos first, as CompVis has it).
@@ -46,16 +48,16 @@ class ResnetBlock(nn.Module):
     def __init__(self, inp: int, out: int, time: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inp, eps=1e-5)
-        self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
+        self.conv1 = Conv2d(inp, out)
         self.time_emb_proj = nn.Linear(time, out)
         self.norm2 = nn.GroupNorm(groups, out, eps=1e-5)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv2 = Conv2d(out, out)
         self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B,out,h,w)
+        h = self.conv1(norm_silu(self.norm1, x))  # (B,out,h,w)
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(norm_silu(self.norm2, h))
         return self.conv_shortcut(x) + h
 
 
@@ -71,7 +73,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """`size` is that of the skip connection to come: twice x, less one where the way down rounded up."""

@@ -1,42 +1,39 @@
 """The UNet's spatial transformer: every pixel looks at every other pixel, then at the text."""
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.attention import attention
+from ldm.kernels import Linear, geglu
 
 
 class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context_width, width, bias=False)
+        self.to_v = Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class GEGLU(nn.Module):
-    """a * gelu(b), [a, b] = proj(x), with the exact (erf) gelu (Shazeer 2020)."""
-
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.proj = nn.Linear(width, 2 * out)
+        self.proj = Linear(width, 2 * out)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.proj(x).chunk(2, dim=-1)
-        return a * F.gelu(b)
+        return geglu(x, self.proj)
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         # The official net has a dropout of rate 0 in the middle: its place is kept for the sake of the names.
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -53,10 +50,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attend(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.attn1(x, x)
 
 
 class SpatialTransformer(nn.Module):
@@ -64,9 +63,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # not 1e-5 as in the UNet's resnets
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         size = x.shape[-2:]

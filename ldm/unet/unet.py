@@ -3,10 +3,12 @@
 Module names are those of diffusers' UNet2DConditionModel.
 """
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.kernels import norm_silu
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
 from ldm.unet.transformer import SpatialTransformer
@@ -60,9 +62,11 @@ class UpBlock(nn.Module):
         self.attentions = transformers(c, out, c.depth[level], c.layers + 1)
         self.upsamplers = nn.ModuleList([Upsample(out)] if level > 0 else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+    def forward(
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor, stages: slice = slice(None)
+    ) -> Tensor:
+        for i in range(len(self.resnets))[stages]:
+            x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), temb)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for up in self.upsamplers:
@@ -77,6 +81,13 @@ def transformers(c: UNetConfig, channels: int, depth: int, count: int) -> nn.Mod
     return nn.ModuleList(
         SpatialTransformer(channels, c.context_width, heads, depth, linear, c.groups) for _ in range(count)
     )
+
+
+@dataclass
+class Deep:
+    """What the deep layers made of an evaluation, (B,C,h,w) at the finest level, to be used again (see `DeepCache`)."""
+
+    features: Tensor | None = None
 
 
 class UNet(nn.Module):
@@ -96,21 +107,42 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, c.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor | float, context: Tensor, vector: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor,
+        vector: Tensor | None = None,
+        deep: Deep | None = None,
+    ) -> Tensor:
         """x (B,in_channels,h,w) in the net's dtype, already scaled by 1/sqrt(1 + sigma^2); h and w may be any size.
 
         t: timestep 0..999, fractions allowed, a number or (B,). context (B,n,context_width): the text.
-        vector (B,vector_width): SDXL's size conditioning. Returns (B,out_channels,h,w).
+        vector (B,vector_width): SDXL's size conditioning. deep: features to start from instead of the deep layers; has
+        the new ones afterwards if it had none. Returns (B,out_channels,h,w).
         """
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B,4C)
         if self.config.vector_width is not None:
             temb = temb + self.add_embedding(vector)
 
-        skips = [self.conv_in(x)]  # (B,C,h,w)
+        x = x.contiguous(memory_format=torch.channels_last)  # as oneDNN and cuDNN compute, and attention wants pixels
+        first = self.conv_in(x)  # (B,C,h,w)
+        features = None if deep is None else deep.features
+        if features is None:
+            features = self.deep_features(first, temb, context)
+        if deep is not None:
+            deep.features = features
+        x = self.up_blocks[-1](features, [first], temb, context, slice(-1, None))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # (B,out,h,w)
+
+    def deep_features(self, first: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """All blocks but the last stage of the last one: (B,C,h,w) -> (B,C',h,w)."""
+        skips = [first]
         for down in self.down_blocks:
             skips += down(skips[-1], temb, context)  # (B,mC,h/2^k,w/2^k)
         x = self.mid_block(skips[-1], temb, context)
-        for up in self.up_blocks:
+        *coarser, finest = self.up_blocks
+        for up in coarser:
             x = up(x, skips, temb, context)  # (B,mC,h/2^k,w/2^k)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B,out,h,w)
+        return finest(x, skips, temb, context, slice(-1))

@@ -5,6 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.attention import attention
+from ldm.kernels import Linear, norm_silu
 
 
 class ResnetBlock(nn.Module):
@@ -17,8 +18,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B,out,h,w)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x))  # (B,out,h,w)
+        h = self.conv2(norm_silu(self.norm2, h))
         return self.conv_shortcut(x) + h
 
 
@@ -28,10 +29,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")  # (B,hw,C)

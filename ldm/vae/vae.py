@@ -6,9 +6,9 @@ Module names are those of diffusers' AutoencoderKL.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.kernels import norm_silu
 from ldm.vae import strips
 from ldm.vae.blocks import DownBlock, MidBlock, UpBlock
 from ldm.vae.config import VAEConfig
@@ -37,11 +37,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(norm_silu(self.conv_norm_out, h))
 
 
 class Decoder(nn.Module):
@@ -57,10 +57,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid_block(self.conv_in(z))
+        h = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(norm_silu(self.conv_norm_out, h))
 
 
 class VAE(nn.Module):

@@ -185,7 +185,7 @@ def test_what_tells_the_encoders_apart_is_seen_from_afar(trap, monkeypatch):
 
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj"])
 def test_attention_has_every_bias(name, monkeypatch):
-    old = f"self.{name} = nn.Linear(c.width, c.width)"
+    old = f"self.{name} = Linear(c.width, c.width)"
     rewrite(monkeypatch, text_encoder, {old: old.replace("c.width)", "c.width, bias=False)")})
     with pytest.raises(RuntimeError, match=f"{name}.bias"):
         check("SD 2")

@@ -19,7 +19,7 @@ from parity import (
 )
 
 import ldm.attention
-from ldm import unet
+from ldm import kernels, unet
 from ldm.unet import UNetConfig, blocks, transformer
 from ldm.unet import unet as unet_module
 
@@ -106,8 +106,8 @@ TRAPS = {
             "return self.conv(x)  #": "return self.conv(F.pad(x, (0, 1, 0, 1)))  #",
         },
     ),
-    "GEGLU's halves": (transformer, {"a, b = self.proj": "b, a = self.proj"}),
-    "GEGLU's gelu by tanh": (transformer, {"F.gelu(b)": "F.gelu(b, approximate='tanh')"}),
+    "GEGLU's halves": (kernels, {"a, b = proj(x)": "b, a = proj(x)"}),
+    "GEGLU's gelu by tanh": (kernels, {"F.gelu(b)": "F.gelu(b, approximate='tanh')"}),
     "sine before cosine": (blocks, {"[angle.cos(), angle.sin()]": "[angle.sin(), angle.cos()]"}),
     "largest period of the time embedding": (blocks, {"math.log(10000)": "math.log(9999)"}),
     "last frequency of the time embedding": (blocks, {"device=t.device) / half": "device=t.device) / (half - 1)"}),
@@ -128,20 +128,20 @@ def test_parity_is_lost_when_a_number_is_changed(trap, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "name"),
     [
-        ("self.to_q = nn.Linear(width, width, bias=False)", "self.to_q = nn.Linear(width, width)", "to_q.bias"),
+        ("self.to_q = Linear(width, width, bias=False)", "self.to_q = Linear(width, width)", "to_q.bias"),
         (
-            "self.to_k = nn.Linear(context_width, width, bias=False)",
-            "self.to_k = nn.Linear(context_width, width)",
+            "self.to_k = Linear(context_width, width, bias=False)",
+            "self.to_k = Linear(context_width, width)",
             "to_k.bias",
         ),
         (
-            "self.to_v = nn.Linear(context_width, width, bias=False)",
-            "self.to_v = nn.Linear(context_width, width)",
+            "self.to_v = Linear(context_width, width, bias=False)",
+            "self.to_v = Linear(context_width, width)",
             "to_v.bias",
         ),
         (
-            "nn.Sequential(nn.Linear(width, width))",
-            "nn.Sequential(nn.Linear(width, width, bias=False))",
+            "nn.Sequential(Linear(width, width))",
+            "nn.Sequential(Linear(width, width, bias=False))",
             "to_out.0.bias",
         ),
     ],

@@ -103,7 +103,7 @@ def test_parity_is_lost_when_a_number_is_changed(trap, monkeypatch):
 
 @pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "to_out"])
 def test_attention_has_every_bias(name, monkeypatch):
-    linear = "nn.Linear(channels, channels)"
+    linear = "Linear(channels, channels)"
     old = f"self.{name} = nn.Sequential({linear})" if name == "to_out" else f"self.{name} = {linear}"
     rewrite(monkeypatch, blocks, {old: old.replace("channels)", "channels, bias=False)")})
     with pytest.raises(RuntimeError, match=f"{name}.*bias"):
