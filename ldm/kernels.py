@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Limits are of one row of a batch, so that a picture is computed in the same way whatever the batch.
-LARGE = 2**22  # multiplications; below that, calling oneDNN costs more than it saves
+LARGE = 2**20  # multiplications; below that, calling oneDNN costs more than it saves
 SCORES = 2**20  # of one head that stand in memory at a time: 4 MB, which stay in the cache
-FEW_PIXELS = 256  # a convolution of no more takes longer to rearrange its weights than to compute
+FEW_PIXELS = 1 / 4  # of the channels out: a convolution then takes longer to rearrange its weights than to compute
 
 # Products by oneDNN, as torch.compile calls them, of (x, weight, bias, ...), and of (x, other, weight, bias, ...).
 # (Without oneDNN, as on ARM, PyTorch does not have them.)
@@ -125,7 +125,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.shape[2] * x.shape[3]
-        if pixels > FEW_PIXELS or not fits(x, self.weight, pixels * self.weight.numel()):
+        if pixels > FEW_PIXELS * self.out_channels or not fits(x, self.weight, pixels * self.weight.numel()):
             return super().forward(x)
         patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5)  # (B,h,w,C,3,3)
         y = product(patches.flatten(3), self.weight.flatten(1), self.bias)  # (B,h,w,out)

@@ -75,7 +75,7 @@ def test_attention(dtype, n, m, heads, width, calls):
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (16, 16)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_conv2d(dtype, size, layout, calls):
-    layer = randomise(kernels.Conv2d(128, 160)).to(dtype)
+    layer = randomise(kernels.Conv2d(128, 1024)).to(dtype)
     x = torch.randn(3, 128, *size).to(dtype).to(memory_format=layout)
     fast = layer(x)
     assert calls["calls"] == 1
@@ -102,7 +102,7 @@ def masked():
 
 
 def many_pixels():
-    return kernels.Conv2d(64, 64)(torch.randn(1, 64, 17, 16))
+    return kernels.Conv2d(64, 1024)(torch.randn(1, 64, 17, 16))
 
 
 @pytest.mark.parametrize("case", [small, with_gradients, in_float64, masked, many_pixels])
