@@ -10,7 +10,12 @@ measured in fresh processes. Figures are medians of the rounds. The ratio is tha
 formats to ours: above 1, ours is faster, or smaller.
 
 A fast net that is wrong is worth nothing. The exit status is 1 where ours differs from diffusers' float32 by more than
-rounding, or in bfloat16 by more than diffusers' own bfloat16 does.
+rounding (1e-4 of the largest value, 2 of 255 in a picture), or in bfloat16 by more than diffusers' bfloat16 does, the
+memory format that differs more (in the root of the mean square).
+
+OpenVINO comes with the extra `benchmarks`. stable-diffusion.cpp (`pip install stable-diffusion-cpp-python`) is compiled
+when it is installed, with CMake and a C++ compiler; it makes whole pictures only, from other noise, so that they are not
+compared.
 """
 
 import argparse

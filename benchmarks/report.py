@@ -22,7 +22,7 @@ SHARES = {"float32": 0.75, "bfloat16": 0.60}  # of the machine's largest rate, t
 @dataclass
 class Row:
     """values: each contender's, a number a round, in seconds ("s") or bytes ("B"). off: how far its result is from that
-    of diffusers in float32, as a share of that one's largest value. tolerance: of ours in float32."""
+    of diffusers in float32, as `Stages.off` has it. tolerance: what ours may be off in float32."""
 
     stage: str
     dtype: str
