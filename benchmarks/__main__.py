@@ -14,7 +14,7 @@ rounding (1e-4 of the largest value, 2 of 255 in a picture), or in bfloat16 by m
 memory format that differs more (in the root of the mean square).
 
 OpenVINO comes with the extra `benchmarks`. stable-diffusion.cpp (`pip install stable-diffusion-cpp-python`) is compiled
-when it is installed, with CMake and a C++ compiler; it makes whole pictures only, from other noise, so that they are not
+when it is installed, with CMake and a C++ compiler; it makes whole pictures only, from other noise, so these are not
 compared.
 """
 
