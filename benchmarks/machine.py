@@ -20,7 +20,8 @@ CALLS = 5  # of which the fastest counts
 
 def about() -> dict[str, object]:
     """Of this machine, from /proc (Linux)."""
-    cpu = dict(line.split("\t: ") for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    cpu = {name.strip(): value.strip() for name, _, value in lines}
     return {
         "processor": cpu.get("model name", platform.processor()),
         "cores": os.cpu_count(),
