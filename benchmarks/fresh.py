@@ -86,7 +86,8 @@ def picture(name: str, folder: str, dtype: str, steps: str, side: str, file: str
         from stable_diffusion_cpp import StableDiffusion
 
         kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-        pipe = StableDiffusion(model_path=str(single_file(Path(folder))), wtype=kind, verbose=False)
+        model = str(single_file(Path(folder)))
+        pipe = StableDiffusion(model, wtype=kind, n_threads=os.cpu_count(), verbose=False)  # it would take half of them
         how = {"sample_method": "ddim_trailing", "sample_steps": int(steps), "cfg_scale": 7.5, "seed": 0}
         pipe.generate_image(prompt, negative, **how, **size)[0].save(file)
         return {"memory": memory()}

@@ -13,10 +13,11 @@ from PIL import Image
 
 from benchmarks import contenders, fresh
 from benchmarks.model import PARTS, SIDES, Case
-from benchmarks.report import BASES, OURS, Row
+from benchmarks.report import OURS, THEIRS, Row
 
 DTYPES = ("float32", "bfloat16")
 STAGES = ("import", "load", *PARTS, "picture", "growth")
+BASES = [THEIRS, "diffusers channels-last"]
 EAGER = [*BASES, OURS]  # what the others are held against comes first
 COMPILED = [OURS, "ldm compiled", "diffusers compiled"]
 MODULES = {"OpenVINO": "openvino", "stable-diffusion.cpp": "stable_diffusion_cpp"}
@@ -24,9 +25,8 @@ NET, PIXEL = 1e-4, 2 / 255  # largest differences in float32: of a net's result,
 STEPS = 20
 
 
-def process(*initializer: Any) -> ProcessPoolExecutor:
-    """A fresh process that begins with a call of `initializer`, and does what it is given one after the other."""
-    begin, *arguments = initializer or (None,)
+def process(begin: Callable | None = None, *arguments: Any) -> ProcessPoolExecutor:
+    """A fresh process that first calls `begin`, then does what it is given, one after the other."""
     return ProcessPoolExecutor(1, get_context("spawn"), initializer=begin, initargs=arguments)
 
 
@@ -62,7 +62,7 @@ class Stages:
         return [*BASES, *self.installed, *COMPILED[1:]] if self.compiled else [*BASES, *self.installed]
 
     def importing(self) -> Iterator[Row]:
-        names = [BASES[0], OURS]
+        names = [THEIRS, OURS]
         runs = self.fresh(names, lambda name: fresh.run("import", name))
         yield Row("import beyond torch", "", "s", {name: [run["seconds"] for run in runs[name]] for name in names})
 
@@ -74,7 +74,7 @@ class Stages:
         return runs
 
     def loading(self, dtype: str) -> Iterator[Row]:
-        names = [BASES[0], OURS]
+        names = [THEIRS, OURS]
         size = sum(file.stat().st_size for file in self.folder.rglob("*.safetensors"))
 
         def warm(name: str) -> dict[str, float]:
@@ -164,7 +164,7 @@ class Stages:
         """How far from what diffusers makes of it in float32: at the worst as a share of the largest value, and in
         bfloat16, where the worst of so many roundings is chance, in the root of the mean square as a share of that one.
         """
-        if (name, dtype) == (BASES[0], DTYPES[0]):
+        if (name, dtype) == (THEIRS, DTYPES[0]):
             self.references[what] = result
         reference = self.references[what]
         size = {"float32": lambda a: np.abs(a).max(), "bfloat16": lambda a: np.sqrt(np.square(a).mean())}[dtype]
