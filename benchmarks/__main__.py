@@ -20,12 +20,15 @@ compared.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import machine, model, report
 from benchmarks.stages import DTYPES, STAGES, Stages, alone
+
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # for the processes: the table is what is to be seen
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -45,6 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     a = parse(arguments)
+    os.environ.update(QUIET)
     full, said = a.size == "full", []
 
     def say(text: str) -> None:

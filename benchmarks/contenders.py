@@ -46,10 +46,10 @@ class Diffusers:
         from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
         if part == "text":
-            self.pipe = StableDiffusionPipeline.from_pretrained(folder, unet=None, vae=None, torch_dtype=dtype)
+            self.pipe = StableDiffusionPipeline.from_pretrained(folder, unet=None, vae=None, dtype=dtype)
             return
         net_class, name = (UNet2DConditionModel, "unet") if part == "unet" else (AutoencoderKL, "vae")
-        net = net_class.from_pretrained(folder / name, torch_dtype=dtype)
+        net = net_class.from_pretrained(folder / name, dtype=dtype)
         self.net = net.to(memory_format=self.memory_format)
 
     def text(self, texts: list[str]) -> Tensor:

@@ -59,7 +59,7 @@ def pipeline(name: str, folder: str, dtype: str) -> Any:
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     start = time.perf_counter()
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=kind, local_files_only=True)
     taken = time.perf_counter() - start
     if name == "diffusers channels-last":
         pipe.unet.to(memory_format=torch.channels_last)
