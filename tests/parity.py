@@ -4,6 +4,7 @@ Both sides run under forward hooks. Module names are the same on both, so output
 no further where one of ours has no partner: it cannot compare less than it claims.
 """
 
+import gzip
 import inspect
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.clip import TextConfig
+from ldm.clip.tokenizer import OFFICIAL, Tokenizer
+from ldm.models import Model
 from ldm.unet import UNetConfig
 from ldm.unet.blocks import timestep_embedding
 from ldm.vae import VAEConfig
@@ -281,3 +284,18 @@ def text_differences(net_class: type[nn.Module], c: TextConfig, reference: Refer
     for n in range(1, c.layers - c.skip + 1):
         outputs[f"clip skip {n}"] = [*net(ids, clip_skip=n)]
     return differences(net, outputs, reference.outputs, TEXT_APART)
+
+
+# Pipeline
+
+
+def reference_pipeline(model: Model) -> StableDiffusionPipeline:
+    """Random weights, rounded to what float16 can hold, and the official tokenizer."""
+    tokenizer = Tokenizer.official()
+    lines = gzip.decompress(OFFICIAL.read_bytes()).decode().split("\n")[1 : 49408 - 512 - 2 + 1]
+    unet, vae, text = diffusers_unet(model.unet), diffusers_vae(model.vae), transformers_text(model.text_encoder)
+    for seed, net in enumerate((unet, vae, text)):
+        randomise(net, seed=seed).half()
+    theirs = CLIPTokenizer(tokenizer.vocab, [tuple(line.split()) for line in lines], model_max_length=77)
+    scheduler = DDIMScheduler(**model.scheduler, clip_sample=False)
+    return StableDiffusionPipeline(vae, text, theirs, unet, scheduler, None, None, requires_safety_checker=False)

@@ -1,6 +1,7 @@
 """Writes synthetic checkpoints in the official and in diffusers' layouts, with tiny nets or full-size ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ TINY = Model(
     scheduler=SD1.scheduler,
     size=64,
 )
+# The same with the official vocabulary.
+TINY_NETS = replace(TINY, text_encoder=replace(TINY.text_encoder, vocab_size=49408, end_token=49407))
 TINY_ROW = ("tiny SD 1.x", {CONV_IN: (16, 4, 3, 3), CONTEXT: (16, 24)}, TINY)
 
 

@@ -3,21 +3,20 @@
 pytest -m full tests/test_full_size.py    # one net at a time: at most 10 GB of memory, minutes on one core
 """
 
-import gzip
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from parity import (
     UNetInputs,
     assert_equal,
     diffusers_unet,
     diffusers_vae,
     randomise,
+    reference_pipeline,
     text_differences,
     text_reference,
     transformers_text,
@@ -27,14 +26,12 @@ from parity import (
     vae_differences,
     vae_reference,
 )
-from synthetic import SD15_SHAPES, TINY, TINY_ROW, single_file, write
+from synthetic import SD15_SHAPES, TINY_NETS, TINY_ROW, single_file, write
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 import ldm
 from ldm import models
 from ldm.clip import TextEncoder
-from ldm.clip.tokenizer import OFFICIAL, Tokenizer
 from ldm.models import SD1, Model
 from ldm.unet import UNet
 from ldm.vae import VAE
@@ -101,24 +98,11 @@ def test_text_encoder():
 # From a single file to a picture
 
 TEXTS = {"prompt": "a red heart, oil on canvas", "negative_prompt": "blue, blurry"}
-TINY_NETS = replace(TINY, text_encoder=replace(TINY.text_encoder, vocab_size=49408, end_token=49407))
 
 
 @pytest.fixture
 def tiny_row(monkeypatch):
     monkeypatch.setattr(models, "OFFICIAL", (*models.OFFICIAL, (*TINY_ROW[:2], TINY_NETS)))
-
-
-def reference_pipeline(model: Model) -> StableDiffusionPipeline:
-    """Random weights, rounded to what float16 can hold, and the official tokenizer."""
-    tokenizer = Tokenizer.official()
-    lines = gzip.decompress(OFFICIAL.read_bytes()).decode().split("\n")[1 : 49408 - 512 - 2 + 1]
-    unet, vae, text = diffusers_unet(model.unet), diffusers_vae(model.vae), transformers_text(model.text_encoder)
-    for seed, net in enumerate((unet, vae, text)):
-        randomise(net, seed=seed).half()
-    theirs = CLIPTokenizer(tokenizer.vocab, [tuple(line.split()) for line in lines], model_max_length=77)
-    scheduler = DDIMScheduler(**model.scheduler, clip_sample=False)
-    return StableDiffusionPipeline(vae, text, theirs, unet, scheduler, None, None, requires_safety_checker=False)
 
 
 def write_single_file(path: Path, model: Model, reference: StableDiffusionPipeline) -> dict[str, list[int]]:
