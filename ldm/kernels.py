@@ -56,6 +56,12 @@ def onednn_is_faster() -> bool:
     return onednn < 0.8 * plain
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x (B,C,h,w) laid out as oneDNN and cuDNN compute and as attention wants it; unless gradients may be wanted, which
+    round as those of nets that leave it."""
+    return x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """activation(F.linear(x, weight, bias)) by oneDNN."""
     assert PRODUCT is not None

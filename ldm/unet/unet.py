@@ -8,10 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels import norm_silu
+from ldm.kernels import channels_last, norm_silu
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
 from ldm.unet.transformer import SpatialTransformer
+
+
+@dataclass
+class Deep:
+    """What the deep layers made of an evaluation, (B,C,h,w) at the finest level, to be used again (see `DeepCache`)."""
+
+    features: Tensor | None = None
 
 
 class DownBlock(nn.Module):
@@ -63,9 +70,13 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out)] if level > 0 else [])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor, stages: slice = slice(None)
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor, deep: Deep | None = None
     ) -> Tensor:
-        for i in range(len(self.resnets))[stages]:
+        """deep: x of the last stage, if it has been computed, or where it is to be kept."""
+        last = len(self.resnets) - 1
+        for i in range(0 if deep is None or deep.features is None else last, last + 1):
+            if deep is not None and i == last:
+                x = deep.features = x if deep.features is None else deep.features
             x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), temb)
             if self.attentions:
                 x = self.attentions[i](x, context)
@@ -81,13 +92,6 @@ def transformers(c: UNetConfig, channels: int, depth: int, count: int) -> nn.Mod
     return nn.ModuleList(
         SpatialTransformer(channels, c.context_width, heads, depth, linear, c.groups) for _ in range(count)
     )
-
-
-@dataclass
-class Deep:
-    """What the deep layers made of an evaluation, (B,C,h,w) at the finest level, to be used again (see `DeepCache`)."""
-
-    features: Tensor | None = None
 
 
 class UNet(nn.Module):
@@ -126,23 +130,13 @@ class UNet(nn.Module):
         if self.config.vector_width is not None:
             temb = temb + self.add_embedding(vector)
 
-        x = x.contiguous(memory_format=torch.channels_last)  # as oneDNN and cuDNN compute, and attention wants pixels
-        first = self.conv_in(x)  # (B,C,h,w)
-        features = None if deep is None else deep.features
-        if features is None:
-            features = self.deep_features(first, temb, context)
-        if deep is not None:
-            deep.features = features
-        x = self.up_blocks[-1](features, [first], temb, context, slice(-1, None))
-        return self.conv_out(norm_silu(self.conv_norm_out, x))  # (B,out,h,w)
-
-    def deep_features(self, first: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        """All blocks but the last stage of the last one: (B,C,h,w) -> (B,C',h,w)."""
-        skips = [first]
-        for down in self.down_blocks:
-            skips += down(skips[-1], temb, context)  # (B,mC,h/2^k,w/2^k)
-        x = self.mid_block(skips[-1], temb, context)
+        skips = [self.conv_in(channels_last(x))]  # (B,C,h,w)
         *coarser, finest = self.up_blocks
-        for up in coarser:
-            x = up(x, skips, temb, context)  # (B,mC,h/2^k,w/2^k)
-        return finest(x, skips, temb, context, slice(-1))
+        if deep is None or deep.features is None:
+            for down in self.down_blocks:
+                skips += down(skips[-1], temb, context)  # (B,mC,h/2^k,w/2^k)
+            x = self.mid_block(skips[-1], temb, context)
+            for up in coarser:
+                x = up(x, skips, temb, context)  # (B,mC,h/2^k,w/2^k)
+        x = finest(x, skips, temb, context, deep)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # (B,out,h,w)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels import norm_silu
+from ldm.kernels import channels_last, norm_silu
 from ldm.vae import strips
 from ldm.vae.blocks import DownBlock, MidBlock, UpBlock
 from ldm.vae.config import VAEConfig
@@ -37,7 +37,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(channels_last(x))
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        h = self.mid_block(self.conv_in(channels_last(z)))
         for block in self.up_blocks:
             h = block(h)
         return self.conv_out(norm_silu(self.conv_norm_out, h))
