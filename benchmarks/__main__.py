@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks import machine, model, report
 from benchmarks.stages import DTYPES, STAGES, Stages, alone
 
-QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # for the processes: the table is what is to be seen
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
