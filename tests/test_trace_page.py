@@ -208,7 +208,7 @@ class TestBrowser:
         assert "Steps: 6" in browser.run("document.querySelectorAll('.runs > section p')[0].textContent")
         assert browser.complaints() == []
 
-    def test_what_a_screen_reader_is_told(self, one):
+    def test_what_a_screen_reader_is_told(self, one, traces):
         one.press("ArrowRight")
         nodes = one("Accessibility.getFullAXTree")["nodes"]
         seen = [node for node in nodes if not node["ignored"]]
@@ -218,7 +218,8 @@ class TestBrowser:
         images = [name for role, name in told if role == "image"]
         assert len(images) == 2 + 4 + 4 and all(images)
         assert any(name.startswith("heart: where the net looks at it in step 2, most in the") for name in images)
-        assert any(name.startswith("Cosine of eps_cond and eps_uncond; step 2: cosine 1") for name in images)
+        cosine = f"{traces[0].curves()['cosine'][1, 0]:.3g}"
+        assert f"Cosine of eps_cond and eps_uncond; step 2: cosine {cosine}" in images
         assert one.run("slider.getAttribute('aria-valuetext')").startswith("step 2 of 6, sigma")
 
     def test_complaints_are_heard(self, browser, files, tmp_path):
