@@ -1,6 +1,6 @@
 """What it costs to look: at the default model, and at the UNet of SD 1.5 in full size.
 
-python -m benchmarks.seeing          # half a minute: a preview, a capture and a trace beside a step of the default model
+python -m benchmarks.seeing          # half a minute: preview, capture and trace beside a step of the default model
 python -m benchmarks.seeing full     # 12 GB of memory, 4 of disk in the temporary directory, five minutes
 
 Of the default model the best of the rounds: the rest is other work of the machine. In full size, random weights in
@@ -56,11 +56,11 @@ def memory(kind: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(kind)[1].split()[0])
 
 
-def measured(work: Callable[[], Any]) -> tuple[float, int, Any]:
+def measured(work: Callable[..., Any], *given: Any) -> tuple[float, int, Any]:
     """Processor seconds, peak memory above what is in use now, and the result."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = memory("VmRSS:"), time.process_time()
-    result = work()
+    result = work(*given)
     return time.process_time() - start, memory("VmHWM:") - before, result
 
 
@@ -78,21 +78,21 @@ def full_size() -> None:
     def show(name: str, seconds: float, peak: int, kept: str = "") -> None:
         print(f"| {name} | {seconds:.1f} s | {peak / 1e9:.2f} GB | {kept} |", flush=True)
 
-    seconds, peak, plain = measured(lambda: unet(x, t, context))
+    seconds, peak, plain = measured(unet, x, t, context)
     show("an evaluation, batch 2, latents of 64x64", seconds, peak)
     with ldm.capture(unet) as maps:
-        seconds, peak, seen = measured(lambda: unet(x, t, context))
+        seconds, peak, seen = measured(unet, x, t, context)
     assert torch.equal(seen, plain)
     show("the same under capture", seconds, peak, f"{sum(maps[layer].nbytes for layer in maps) / 1e9:.2f} GB")
     del maps
     with tempfile.TemporaryDirectory() as temporary:
         for side in (16, 64):
             file, given = Path(temporary) / f"{side}.safetensors", inputs(1, side)
-            show(f"an evaluation, batch 1, latents of {side}x{side}", *measured(lambda: unet(*given))[:2])
-            seconds, peak, _ = measured(lambda: record(unet, given, file))
+            show(f"an evaluation, batch 1, latents of {side}x{side}", *measured(unet, *given)[:2])
+            seconds, peak, _ = measured(record, unet, given, file)
             show("the same, recorded", seconds, peak, f"{file.stat().st_size / 1e9:.2f} GB")
             if side == 16:
-                show("the same, checked", *measured(lambda: check(unet, file))[:2])
+                show("the same, checked", *measured(check, unet, file)[:2])
 
 
 if __name__ == "__main__":

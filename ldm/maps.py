@@ -87,9 +87,9 @@ class Maps(Mapping[str, Tensor]):
         """Each word of the prompt with its map (h,w): the share of what every place looks at that is the word's tokens.
 
         plan: `pipe.plan(prompt)` of the picture, or of its negative prompt, with the emphasis of the run. picture:
-        which of the `count` in the batch. Raises ValueError as `heat`, and for the plan of a text that was not encoded inside
-        the block. Whose picture a text belongs to is not known, and where none was encoded, as of a stream that had
-        begun before, only that a plan is too long.
+        which of the `count` in the batch. Raises ValueError as `heat`, and for the plan of a text that was not encoded
+        inside the block. Whose picture a text belongs to is not known; and where none was encoded, as of a stream that
+        had begun before, only that a plan is too long.
         """
         for (ids, _), tokens in zip(plan.chunks, plan.tokens, strict=True):
             if self._texts and all(row[1 : len(ids) + 2] != (*ids, end) for row, end in self._texts.items()):
