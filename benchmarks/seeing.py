@@ -8,6 +8,7 @@ float32, one evaluation each, in seconds of the processor for the same reason; t
 before it (weights, inputs), and a recording's includes all that it keeps.
 """
 
+import ctypes
 import sys
 import tempfile
 import time
@@ -58,6 +59,7 @@ def memory(kind: str) -> int:
 
 def measured(work: Callable[..., Any], *given: Any) -> tuple[float, int, Any]:
     """Processor seconds, peak memory above what is in use now, and the result."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again, and not counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = memory("VmRSS:"), time.process_time()
     result = work(*given)
@@ -72,7 +74,7 @@ def inputs(batch: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def full_size() -> None:
     unet = randomise(UNet(SD1.unet)).eval()
     x, t, context = inputs(2, 64)
-    unet(*inputs(2, 8))  # what is set up once
+    unet(x, t, context)  # sets up what is set up once
     print("| UNet of SD 1.5 | processor | peak | kept |\n|---|---|---|---|")
 
     def show(name: str, seconds: float, peak: int, kept: str = "") -> None:

@@ -91,6 +91,10 @@ class Maps(Mapping[str, Tensor]):
         inside the block. Whose picture a text belongs to is not known; and where none was encoded, as of a stream that
         had begun before, only that a plan is too long.
         """
+        if not 0 <= picture < count:
+            raise ValueError(f"picture={picture} of count={count}: give one from 0 to {count - 1}")
+        if not isinstance(plan, PromptPlan):
+            raise ValueError(f"plan is a {type(plan).__name__}: give pipe.plan(prompt)")
         for (ids, _), tokens in zip(plan.chunks, plan.tokens, strict=True):
             if self._texts and all(row[1 : len(ids) + 2] != (*ids, end) for row, end in self._texts.items()):
                 raise ValueError(

@@ -266,6 +266,15 @@ class TestWords:
             next(steps)
         assert len(maps.words(pipe.plan("blue heart"))) == 2
 
+    def test_what_is_no_picture_or_no_plan(self, pipe):
+        with ldm.capture(pipe.unet) as maps:
+            pipe("red heart", steps=1, progress=False)
+        for picture in (-1, 1):
+            with pytest.raises(ValueError, match=f"picture={picture} of count=1: give one from 0 to 0"):
+                maps.words(pipe.plan("red heart"), picture)
+        with pytest.raises(ValueError, match=r"plan is a str: give pipe.plan\(prompt\)"):
+            maps.words("red heart")
+
     def test_the_emphasis_of_the_run(self, pipe):
         with ldm.capture(pipe.unet) as maps:
             pipe("(red:1.3) heart", conventions="diffusers", steps=1, progress=False)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -102,7 +101,7 @@ def difference(quantity: str, step: int | None, sigma: float, a: Tensor | None, 
 def settings(a: Trace, b: Trace) -> dict[str, tuple[str, str]]:
     """What the pictures' texts say, by its name; of a batch, of its first picture that differs there."""
     found: dict[str, tuple[str, str]] = {}
-    for texts in zip_longest(a.texts, b.texts, fillvalue=""):
+    for texts in zip(a.texts, b.texts, strict=False):  # how many there are is a setting, too
         one, other = map(listed, texts)
         for name in [*one, *(name for name in other if name not in one)]:
             values = one.get(name, "(default)"), other.get(name, "(default)")
