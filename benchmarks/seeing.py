@@ -1,11 +1,11 @@
 """What it costs to look: at the default model, and at the UNet of SD 1.5 in full size.
 
 python -m benchmarks.seeing          # half a minute: preview, capture and trace beside a step of the default model
-python -m benchmarks.seeing full     # 12 GB of memory, 4 of disk in the temporary directory, five minutes
+python -m benchmarks.seeing full     # 7 GB of memory, 3 of disk in the temporary directory, three minutes
 
-Of the default model the best of the rounds: the rest is other work of the machine. In full size, random weights in
-float32, one evaluation each, in seconds of the processor for the same reason; the peak is that above what is in use
-before it (weights, inputs), and a recording's includes all that it keeps.
+All times are those of the processor, which other work of the machine changes least; of the default model the best of
+the rounds. In full size, random weights in float32, one evaluation each; the peak is that above what is in use before
+it (weights, inputs), and a recording's includes all that it keeps.
 """
 
 import ctypes
@@ -34,10 +34,10 @@ def default_model() -> None:
     preview, latents = fit(pipe), torch.randn(1, 4, 16, 16)
 
     def run(inside, work):
-        start = time.perf_counter()
+        start = time.process_time()
         with inside():
             work()
-        return (time.perf_counter() - start) / STEPS
+        return (time.process_time() - start) / STEPS
 
     how = {"steps": STEPS, "progress": False}
     kinds = {
