@@ -55,6 +55,11 @@ class TestMark:
         assert projections(mark(x)).tolist() == (directions(4)[:, 1] * 3 / 2).tolist()
         assert set(directions(4).ravel()) == {-1, 1}
 
+    def test_as_in_files_that_exist(self):
+        """Marks of other versions are compared with these: 6 bytes of sha256 and 8 float32."""
+        pinned = "58dda328598e00000841000080c10000b0c00000c0400000c0400000a0400000c03f00002041"
+        assert mark(torch.arange(16.0).view(4, 2, 2)).hex() == pinned
+
     def test_one_bit(self):
         x = torch.randn(4, 8, 8, generator=generator(0))
         other = x.clone()
@@ -259,9 +264,10 @@ class TestSettingsThatRan:
         assert ran.nets["spacing"] == "given" and ran.sigmas == [[3.0, 1.0, 0.0]]
 
     def test_files(self, tmp_path):
-        vae = tmp_path / "vae"
+        model, vae = tmp_path / "model", tmp_path / "vae"
         shutil.copytree(DEFAULT_MODEL / "vae", vae)
-        pipe = ldm.Pipeline.from_pretrained(vae=vae, dtype=torch.bfloat16)
+        model.symlink_to(DEFAULT_MODEL)
+        pipe = ldm.Pipeline.from_pretrained(model, vae=vae, dtype=torch.bfloat16)
         to_q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
         width = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
         parts = {f"{to_q}.lora_down.weight": torch.randn(4, width), f"{to_q}.lora_up.weight": torch.randn(width, 4)}
@@ -271,7 +277,7 @@ class TestSettingsThatRan:
         ran, (text,) = out.settings.ran, out.texts()
         assert ran.options["lora"] == [(tmp_path / "style.safetensors", 0.5)] and ran.nets["dtype"] == "bfloat16"
         assert ran.files == {str(path): fingerprint(path) for path in (vae, tmp_path / "style.safetensors")}
-        assert parse(text)["files"] == ran.files
+        assert parse(text)["files"] == {str(model): ran.hash, **ran.files}
 
     def test_run_again(self, pipe):
         """They are the settings of the call; changed ones have not run."""

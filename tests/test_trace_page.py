@@ -87,11 +87,10 @@ class TestText:
     def test_maps(self):
         """Each word by its own largest value, in the steps and over the run; fine ones are shrunk."""
         words = torch.tensor([[[0.1, 0.2]], [[0.0, 0.01]]]).expand(2, 2, 1, 2).clone()  # (n,words,h,w)
-        words[1, 0] *= 2
+        words[1, 0] = torch.tensor([[0.4, 0.2]])
         trace = Trace({f"{i:04}.words.0": words[i] for i in range(2)}, [""], [["a", "b"]], 2)
-        assert heat(trace, 0, [0, 1]).tolist() == [[[[64, 128]], [[0, 255]]], [[[128, 255]], [[0, 255]]]] + [
-            [[[128, 255]], [[0, 255]]]
-        ]
+        steps, whole = [[[[64, 128]], [[0, 255]]], [[[255, 128]], [[0, 255]]]], [[[255, 204]], [[0, 255]]]
+        assert heat(trace, 0, [0, 1]).tolist() == [*steps, whole]
         fine = Trace({"0000.words.0": torch.rand(1, 70, 100)}, [""], [["a"]], 1)
         assert heat(fine, 0, [0]).shape == (2, 1, 18, 25)
 
