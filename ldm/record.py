@@ -191,6 +191,10 @@ class Ran:
         options = {name: value for name, value in self.options.items() if name != "model"}
         return with_files(options).get("files", {})
 
+    def known_nets(self) -> dict[str, str]:
+        """`nets`, after the model's hash if there is one."""
+        return ({"model": self.hash} if self.hash else {}) | dict(self.nets)
+
 
 class Recorder:
     """A consumer of a call's steps that keeps what a `Record` needs, and shows them to another consumer, if any."""
@@ -211,8 +215,7 @@ class Recorder:
 
     def records(self, count: int) -> list[Record]:
         """One for each of `count` pictures."""
-        ran = self.ran
-        nets = ({"model": ran.hash} if ran.hash else {}) | dict(ran.nets)
+        ran, nets = self.ran, self.ran.known_nets()
         # Of an edit that makes its pictures one by one each has the steps of all.
         marks = [[row[i % len(row)] for row in self.marks] for i in range(count)]
         entries = numerics()

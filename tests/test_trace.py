@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,19 @@ class TestCompare:
         assert found.steps == (4, 3) and found.first[0].quantity == "start"
         for said in ("Seed", "(default)", "steps recorded", "first difference\nstart      before the first step"):
             assert said in str(found)
+
+    def test_what_else_decided_them(self, pipe, trace, tmp_path):
+        """Nets and machine are named, and make no other runs of the same; of an earlier trace they are not known."""
+        out = pipe("", steps=1, progress=False)
+        ran = out.settings.ran
+        assert trace.ran == {"model": ran.hash, **ran.nets, **{n: ran.machine[n] for n in ("processor", "threads")}}
+        for kept in (trace.only(0), Trace.load(trace.save(tmp_path / "run.safetensors"))):
+            assert kept.ran == trace.ran
+        other = replace(trace, ran=trace.ran | {"model": "another", "threads": "64"})
+        found = trace.compare(other)
+        assert found.ran == {"model": (ran.hash, "another"), "threads": (trace.ran["threads"], "64")} and found.equal
+        assert f"the same settings\nmodel                   {ran.hash}   another\nthreads" in str(found)
+        assert trace.compare(replace(trace, ran={})).ran == {}
 
     def test_batches_of_different_size(self, trace, pipe):
         """Only what they were asked for is another: none of the settings of the picture that one of them lacks."""
