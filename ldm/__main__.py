@@ -40,6 +40,8 @@ from ldm.settings import Settings
 from ldm.trace import Trace, record
 from ldm.verify import HEADER, line, matches, verify
 
+ABOUT_FILES = ("prompt", "output", "force", "quiet")  # options of `ldm trace` that say nothing about the picture
+
 
 def open_image(option: str, file: Path | None) -> Image.Image | None:
     try:
@@ -254,7 +256,8 @@ def apart(image: Image.Image, other: Image.Image) -> str:
 
 
 def trace(a: argparse.Namespace) -> None:
-    """Make pictures and record how, step by step: as a page, a plot, or a trace to compare; or show such a trace."""
+    """Make pictures and record how, step by step: as a page, a plot, or a trace to compare. Of such a trace, or of a
+    picture that ldm made, show how it was made."""
     kind = a.output.suffix.lower()
     if kind not in TRACES:
         raise ValueError(f"output {a.output}: give a name that ends in {', '.join(TRACES)}")
@@ -262,10 +265,13 @@ def trace(a: argparse.Namespace) -> None:
         raise ValueError(f"output {a.output}: the folder {a.output.resolve().parent} does not exist, make it first")
     if a.beside is not None and kind != ".html":
         raise ValueError(f"--beside with the output {a.output}: two traces stand on a page, give a name in .html")
-    beside = None if a.beside is None else Trace.load(a.beside)
+    beside = None if a.beside is None else traced(a.beside, a.quiet)
     decode = None
-    if len(a.prompt) == 1 and a.prompt[0].endswith(".safetensors"):
-        made = Trace.load(a.prompt[0])
+    if len(a.prompt) == 1 and Path(a.prompt[0]).suffix.lower() in (".safetensors", *FORMATS):
+        default = vars(generate_parser().parse_args([])) | {name: getattr(a, name) for name in ABOUT_FILES}
+        if said := [name for name in vars(a).keys() & default if vars(a)[name] != default[name]]:
+            raise ValueError(f"{a.prompt[0]} says itself how it was made: leave out {', '.join(sorted(said))}")
+        made = traced(Path(a.prompt[0]), a.quiet)
     else:
         pipe, settings = prepared(a)
         decode = pipe.decode

@@ -113,7 +113,7 @@ def replay_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def trace_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("prompt", nargs="+", help="what to draw, as in `ldm generate`; or a trace's name, to show it")
+    p.add_argument("prompt", nargs="+", help="what to draw, as in `ldm generate`; or a file, see above")
     p.add_argument(
         "-o",
         "--output",
@@ -123,7 +123,7 @@ def trace_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--force", action="store_true", help="write over the output if it exists")
     p.add_argument(
-        "--beside", type=Path, metavar="TRACE", help="a second trace on the page, which shows the first picture of each"
+        "--beside", type=Path, metavar="FILE", help="a second one on the page, which shows the first picture of each"
     )
     settings_arguments(p)
     p.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from ldm.samplers import REFERENCES, SAMPLERS, Reference, Sampler, ddim, deis, dpmpp_2m, plms, unipc
+from ldm.samplers import ALIASES, REFERENCES, SAMPLERS, Reference, Sampler, ddim, deis, dpmpp_2m, plms, unipc
 
 if TYPE_CHECKING:
     from ldm.output import Output
@@ -218,6 +218,7 @@ def explain(
     for name in (first, second):
         if name not in CONVENTIONS:
             raise ValueError(f"conventions {name!r}: use {', '.join(map(repr, CONVENTIONS))}")
+    sampler = ALIASES.get(sampler, sampler)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}: use {', '.join(SAMPLERS)}")
     pipe = pipe or Pipeline.from_pretrained()

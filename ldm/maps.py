@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ldm.clip import TextEncoder
 from ldm.clip.prompt import PromptPlan
 from ldm.unet import UNet
 from ldm.unet.transformer import Attention, SpatialTransformer, TransformerBlock
@@ -34,6 +36,7 @@ class Maps(Mapping[str, Tensor]):
     def __init__(self):
         self._sums: dict[str, Tensor] = {}  # (rows,heads,tokens,h,w)
         self._counts: dict[str, Tensor] = {}  # (rows,)
+        self._texts: dict[tuple[int, ...], int] = {}  # rows of tokens that were encoded meanwhile, and their end token
 
     def __getitem__(self, layer: str) -> Tensor:
         return self._sums[layer] / self._counts[layer][:, None, None, None, None]
@@ -83,9 +86,21 @@ class Maps(Mapping[str, Tensor]):
     ) -> list[tuple[str, Tensor]]:
         """Each word of the prompt with its map (h,w): the share of what every place looks at that is the word's tokens.
 
-        plan: `pipe.plan(prompt)` of the picture, or of its negative prompt. picture: which of the `count` in the batch.
-        Raises ValueError as `heat`, and for a plan of more chunks than the text that was caught.
+        plan: `pipe.plan(prompt)` of the picture, or of its negative prompt, with the emphasis of the run. picture:
+        which of the `count` in the batch. Raises ValueError as `heat`, and for the plan of a text that was not encoded
+        inside the block. Whose picture a text belongs to is not known; and where none was encoded, as of a stream that
+        had begun before, only that a plan is too long.
         """
+        if not 0 <= picture < count:
+            raise ValueError(f"picture={picture} of count={count}: give one from 0 to {count - 1}")
+        if not isinstance(plan, PromptPlan):
+            raise ValueError(f"plan is a {type(plan).__name__}: give pipe.plan(prompt)")
+        for (ids, _), tokens in zip(plan.chunks, plan.tokens, strict=True):
+            if self._texts and all(row[1 : len(ids) + 2] != (*ids, end) for row, end in self._texts.items()):
+                raise ValueError(
+                    f"the run had no text of the plan's tokens {' '.join(tokens)!r}: give the plan of its prompt, made"
+                    " with its emphasis (None where the conventions take brackets as text), pipe.plan(prompt, emphasis)"
+                )
         return shares(self.heat(count, negative)[picture], plan)
 
 
@@ -123,6 +138,10 @@ def capture(unet: UNet) -> Iterator[Maps]:
         nonlocal size
         size = args[0].shape[-2:]
 
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, TextEncoder):
+            maps._texts |= {tuple(row): module.config.end_token for row in args[0].tolist()}
+
     def catcher(layer: str, attn: Attention):  # noqa: ANN202
         def catch(to_q: nn.Module, args: tuple[Any, ...], q: Tensor) -> None:
             with torch.no_grad():
@@ -130,7 +149,8 @@ def capture(unet: UNet) -> Iterator[Maps]:
 
         return catch
 
-    hooks = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
+    # The UNet does not know whose text it is given: hooks of all modules tell.
+    hooks = [register_module_forward_pre_hook(read), unet.register_forward_pre_hook(begin, with_kwargs=True)]
     for name, module in unet.named_modules():
         if isinstance(module, SpatialTransformer):
             hooks.append(module.register_forward_pre_hook(measure))

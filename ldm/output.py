@@ -18,7 +18,8 @@ from ldm.settings import Settings
 @dataclass(frozen=True, eq=False)
 class Output:
     """images: PIL, RGB. latents (B,4,h,w) float32 in the VAE's scale (scaling_factor * z); None where the pictures are
-    put together of several runs, as in tiles.
+    put together of several runs, as in tiles. settings: the call's, to be run again; settings.ran is what else decided
+    the pictures.
 
     model: its name. options: what the pipeline was made of, by the names of the command line's options. recorder: what
     its steps were, for `records`.

@@ -21,7 +21,7 @@ from ldm.edit import enlarged, in_tiles, only_masked, outpainted
 from ldm.image import to_images, to_rgb
 from ldm.img2img import StrengthPlan, fit, paste
 from ldm.output import Output
-from ldm.record import Recorder
+from ldm.record import Ran, Recorder
 from ldm.run import begin, finite, first_noise, inpaints, loop, no_noise, noise_of, one_run, shown, start_latents
 from ldm.samplers import (
     PREDICTION_TYPES,
@@ -183,14 +183,19 @@ class Pipeline:
 
     def run(self, settings: Settings, progress: bool = True, callback: Callable[[Step], None] | None = None) -> Output:
         """`__call__` with settings that are already made."""
+        recorder = Recorder(self.about(settings), callback)
+        made = self._edited(settings, progress, recorder)
+        about: dict[str, Any] = {"model": self.name, "options": recorder.ran.options, "recorder": recorder}
+        return replace(made, settings=settings.after(recorder.ran), seeds=settings.seeds, **about)
+
+    def about(self, settings: Settings) -> Ran:
+        """What decides a run of the settings beside them."""
         parts = {"dtype": self.unet.conv_in.weight, "VAE dtype": next(self.vae.parameters())}
         nets = {name: str(weight.dtype).removeprefix("torch.") for name, weight in parts.items()}
+        nets |= {"device": self.device.type, "prediction": self.prediction_type}
+        nets |= {"spacing": levels.spacing(settings, self.schedule) or "given"}
         model = Path(self._options.get("model", DEFAULT_MODEL))
-        recorder = Recorder(model, nets | {"device": self.device.type}, callback)
-        made = self._edited(settings, progress, recorder)
-        options = self.made_of(settings)
-        about: dict[str, Any] = {"model": self.name, "options": options, "recorder": recorder}
-        return replace(made, settings=settings, seeds=settings.seeds, **about)
+        return Ran(self.name, model, self.made_of(settings), nets)
 
     def made_of(self, settings: Settings) -> dict[str, Any]:
         """What a run has beside its settings, by the names of the command line's options."""

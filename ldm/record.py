@@ -12,16 +12,17 @@ import math
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import ldm
-from ldm.replay import fingerprint
+from ldm.replay import fingerprint, with_files
 from ldm.samplers import Step
 
 CHANGELOG = Path(__file__).parent.parent / "CHANGELOG.md"
@@ -145,10 +146,9 @@ class Record:
     def differences(self, other: "Record") -> list[str]:
         """What is otherwise here and there, in words; and which changes of numbers lie between them."""
         was, now = self.rows(), other.rows()
+        # What is not in it was not recorded by its version.
         found = [
-            f"{name}: {was.get(name, 'none')} then, {now.get(name, 'none')} now"
-            for name in was | now
-            if was.get(name) != now.get(name)
+            f"{name}: {then} then, {now.get(name, 'none')} now" for name, then in was.items() if then != now.get(name)
         ]
         if self.sigmas != other.sigmas and was["sigmas"] == now["sigmas"]:
             found.append("sigmas: others between the first and the last")
@@ -160,33 +160,64 @@ class Record:
         return found + known[self.changes :]
 
 
-class Recorder:
-    """A consumer of a call's steps that keeps what a `Record` needs, and shows them to another consumer, if any.
+@dataclass(frozen=True)
+class Ran:
+    """What decided the pictures of a call beside its settings. All of it is in the pictures' files, too.
 
-    model: its file or folder; the name of one on the hub is no file. nets: their dtypes and device.
+    model: its name. path: its file or folder, or its name on the hub. options: what else the pipeline was made of (VAE,
+    LoRAs with their scales, embeddings, refiner, ...), by the names of the command line's options. sigmas: of the steps
+    and the last, a list for each run of the call. nets: the spacing's name, what the net predicts, dtypes and device.
+    machine: versions, processor and threads.
     """
 
-    def __init__(self, model: Path, nets: Mapping[str, str], callback: Callable[[Step], None] | None = None):
-        self.model = model
-        self.nets = nets
-        self.machine = machine()
+    model: str
+    path: Path
+    options: Mapping[str, Any]
+    nets: Mapping[str, str]
+    sigmas: list[list[float]] = field(default_factory=list)
+    machine: Mapping[str, str] = field(default_factory=lambda: machine())
+
+    @property
+    def hash(self) -> str | None:
+        """Of the model's file or folder as it is now: `ldm.replay.fingerprint`. None where it is none, as on the hub.
+
+        It is not of the weights in memory, which a LoRA or the caller may have changed.
+        """
+        return known(self.path, newest(self.path)) if self.path.exists() else None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """By path the fingerprints of the other files: VAE, LoRAs, embeddings, refiner."""
+        options = {name: value for name, value in self.options.items() if name != "model"}
+        return with_files(options).get("files", {})
+
+    def known_nets(self) -> dict[str, str]:
+        """`nets`, after the model's hash if there is one."""
+        return ({"model": self.hash} if self.hash else {}) | dict(self.nets)
+
+
+class Recorder:
+    """A consumer of a call's steps that keeps what a `Record` needs, and shows them to another consumer, if any."""
+
+    def __init__(self, ran: Ran, callback: Callable[[Step], None] | None = None):
+        self.ran = ran
         self.callback = callback
-        self.sigmas: list[list[float]] = []
         self.marks: list[list[bytes]] = []  # steps, pictures
 
     def __call__(self, step: Step) -> None:
         if self.callback is not None:
             self.callback(step)  # which may change x in place
-        if step.i == 0 or not self.sigmas:  # a sampler of the caller's may count from another number
-            self.sigmas.append([float(step.sigma)])
-        self.sigmas[-1].append(float(step.sigma_next))
+        sigmas = self.ran.sigmas
+        if step.i == 0 or not sigmas:  # a sampler of the caller's may count from another number
+            sigmas.append([float(step.sigma)])
+        sigmas[-1].append(float(step.sigma_next))
         self.marks.append([mark(x) for x in step.x])
 
     def records(self, count: int) -> list[Record]:
         """One for each of `count` pictures."""
-        nets = {"model": known(self.model, newest(self.model))} if self.model.exists() else {}
+        ran, nets = self.ran, self.ran.known_nets()
         # Of an edit that makes its pictures one by one each has the steps of all.
         marks = [[row[i % len(row)] for row in self.marks] for i in range(count)]
         entries = numerics()
         changes = None if entries is None else len(entries)
-        return [Record(self.sigmas, own, nets | dict(self.nets), self.machine, changes) for own in marks]
+        return [Record(ran.sigmas, own, nets, ran.machine, changes) for own in marks]

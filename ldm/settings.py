@@ -4,10 +4,11 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ldm.samplers import ALIASES, SAMPLERS, SPACED, Sampler
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
+    from ldm.record import Ran
 
 
 CHOICES = {
@@ -158,6 +160,9 @@ class Settings:
         refiner's.
     refiner: a pipeline, of which the UNet and the text encoder do the rest after the share `refiner_start` of the
         noise levels.
+
+    Of a call that has run, as `out.settings`, `ran` is what else decided its pictures: the model and its hash, the
+    sigmas that it went through, files, dtypes, device, versions (`ldm.record.Ran`); of all others it is None.
     """
 
     prompt: str | Sequence[str] = ""
@@ -209,6 +214,7 @@ class Settings:
     refiner_start: float = 0.8
     emphasis: str | None = "default"
     conventions: str | Conventions | None = None
+    ran: ClassVar["Ran | None"] = None  # no field: nobody asks for it, and settings that are changed have not run
 
     def __post_init__(self):
         for name in ("prompt", "negative_prompt"):
@@ -354,6 +360,12 @@ class Settings:
             )
         if self.tile is not None and self.padding_mask_crop is not None:
             raise ValueError("tile with padding_mask_crop: the box around the mask is one run, give one of them")
+
+    def after(self, ran: "Ran") -> "Settings":
+        """The same settings, of a call that has run."""
+        settings = copy(self)
+        object.__setattr__(settings, "ran", ran)
+        return settings
 
     def each(self) -> "Iterator[Settings]":
         """The settings of each picture by itself."""

@@ -413,6 +413,7 @@ def test_explain_says_numbers(pair, monkeypatch):
     assert differences["start"].values == ("sqrt(1 + sigma^2) = 14.6488", "sigma = 14.6146")
     assert differences["start"].latents > 0 and differences["last_layer"].latents is None  # -2 is no number of webui's
     assert set(differences) == {"start", "last_layer"}
+    assert explain("webui", "comfy", "DPM++ 2M", pair[0], steps=1).sampler == "dpmpp_2m"
 
 
 def test_explain_is_of_one_entry():

@@ -27,7 +27,9 @@ def inputs(rows=2, tokens=5, side=6):
 
 
 def hooks(net):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+    """Of all modules, and of the net's."""
+    every = len(torch.nn.modules.module._global_forward_pre_hooks)
+    return every + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
 def test_weights_on_paper():
@@ -247,3 +249,35 @@ class TestWords:
         assert list(words) == ["red", "heart", ",", "twemoji", "style"]
         total = sum(words.values()) + maps.heat()[0, 0] + maps.heat()[0, 6:].sum(dim=0)
         assert torch.allclose(total, torch.ones(()), atol=1e-5)
+
+    def test_the_plan_of_another_text(self, pipe):
+        """Told where the text was encoded inside the block, tokens, order and brackets alike; else not."""
+        with ldm.capture(pipe.unet) as maps:
+            pipe(["red heart", "a (blue:1.2) BREAK pizza"], negative_prompt="grey", steps=1, progress=False)
+        for prompt in ("red heart", "a (blue:1.2) BREAK pizza", "a (blue:0.3) BREAK pizza", "grey"):
+            assert [word for word, _ in maps.words(pipe.plan(prompt), count=2)] == [
+                w for w, _ in pipe.plan(prompt).words
+            ]
+        for prompt in ("blue heart", "heart red", "red", "red heart.", "red heart BREAK pizzas"):
+            with pytest.raises(ValueError, match="the run had no text of the plan's tokens"):
+                maps.words(pipe.plan(prompt), count=2)
+        steps = pipe.stream("red heart", steps=2)
+        with ldm.capture(pipe.unet) as maps:
+            next(steps)
+        assert len(maps.words(pipe.plan("blue heart"))) == 2
+
+    def test_what_is_no_picture_or_no_plan(self, pipe):
+        with ldm.capture(pipe.unet) as maps:
+            pipe("red heart", steps=1, progress=False)
+        for picture in (-1, 1):
+            with pytest.raises(ValueError, match=f"picture={picture} of count=1: give one from 0 to 0"):
+                maps.words(pipe.plan("red heart"), picture)
+        with pytest.raises(ValueError, match=r"plan is a str: give pipe.plan\(prompt\)"):
+            maps.words("red heart")
+
+    def test_the_emphasis_of_the_run(self, pipe):
+        with ldm.capture(pipe.unet) as maps:
+            pipe("(red:1.3) heart", conventions="diffusers", steps=1, progress=False)
+        with pytest.raises(ValueError, match=r"pipe.plan\(prompt, emphasis\)"):
+            maps.words(pipe.plan("(red:1.3) heart"))
+        assert [word for word, _ in maps.words(pipe.plan("(red:1.3) heart", None))] == ["(", "red:1.3", ")", "heart"]

@@ -662,6 +662,9 @@ def test_refused(file):
     assert file.read_bytes() == content
     other = file.with_name("other")
     parity.record(net, torch.zeros(1, 2), other)
+    for act in (lambda: parity.record(object(), torch.zeros(1, 2), other), lambda: parity.check(object(), other)):
+        with pytest.raises(ValueError, match=r"object is no torch\.nn\.Module: give a net"):
+            act()
     with pytest.raises(
         ValueError, match=r"has no module of this model's names: it has \['norm', 'twice'\], the model \['0'\]"
     ):

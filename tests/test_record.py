@@ -2,17 +2,23 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ldm
 from ldm import record
 from ldm.__main__ import main
 from ldm.image import read_record
-from ldm.record import Left, Record, directions, mark, projections
+from ldm.parameters import parse, read
+from ldm.pipeline import DEFAULT_MODEL
+from ldm.record import Left, Record, directions, machine, mark, projections
+from ldm.replay import fingerprint
 from ldm.samplers.euler import euler
 from ldm.unet import UNet
 
@@ -48,6 +54,11 @@ class TestMark:
         x[0, 0, 1] = 3.0
         assert projections(mark(x)).tolist() == (directions(4)[:, 1] * 3 / 2).tolist()
         assert set(directions(4).ravel()) == {-1, 1}
+
+    def test_as_in_files_that_exist(self):
+        """Marks of other versions are compared with these: 6 bytes of sha256 and 8 float32."""
+        pinned = "58dda328598e00000841000080c10000b0c00000c0400000c0400000a0400000c03f00002041"
+        assert mark(torch.arange(16.0).view(4, 2, 2)).hex() == pinned
 
     def test_one_bit(self):
         x = torch.randn(4, 8, 8, generator=generator(0))
@@ -110,6 +121,8 @@ class TestRecord:
             "second",
             "third",
         ]
+        earlier = made(other.sigmas, self.xs, changes=3)
+        assert earlier.differences(other) == []  # what a version did not record
         ahead = made(self.sigmas, self.xs, changes=4)
         (said,) = ahead.differences(made(self.sigmas, self.xs, changes=3))
         assert said == "made by a later version: it knows 4 changes of numbers, this one 3"
@@ -214,3 +227,86 @@ def test_a_sampler_that_counts_from_one(pipe):
     (own,) = pipe("red heart", steps=2, sampler=from_one, progress=False).records()
     (known,) = pipe("red heart", steps=2, sampler="euler", progress=False).records()
     assert own.sigmas == known.sigmas and own.left_by(known) is None
+
+
+class TestSettingsThatRan:
+    """`out.settings`: everything that decides the pictures, which is what their files say."""
+
+    def test_all_of_it_is_in_the_file(self, pipe):
+        sigmas = pipe.schedule.sigmas(3, "karras")
+        out = pipe("red heart", steps=3, sigmas="karras", seed=5, conventions="webui", eta=0.0, progress=False)
+        (saved,) = out.save("heart.png")
+        ran, (record,), said = out.settings.ran, out.records(), parse(read(saved))
+        assert Record.parse(read_record(Image.open(saved))) == record
+        assert ran.hash == record.nets["model"] == fingerprint(DEFAULT_MODEL) and len(ran.hash) == 10
+        assert ran.sigmas == record.sigmas == [pytest.approx(sigmas.tolist())]
+        assert ran.nets == {
+            "dtype": "float32",
+            "VAE dtype": "float32",
+            "device": pipe.device.type,
+            "prediction": pipe.prediction_type,
+            "spacing": "karras",
+        }
+        assert record.nets == {"model": ran.hash, **ran.nets} and ran.machine == record.machine == machine()
+        assert ran.machine["torch"] == torch.__version__ == said["torch"] and ran.machine["ldm"] == ldm.__version__
+        s = out.settings
+        wanted = ran.model, s.seeds[0], s.sampler_name, s.conventions, s.eta
+        assert tuple(said[key] for key in ("model_name", "seed", "sampler", "conventions", "eta")) == wanted
+
+    @pytest.mark.parametrize(("sampler", "spacing"), [("euler", "linspace"), ("ddim", "leading")])
+    def test_what_nobody_said(self, pipe, sampler, spacing):
+        ran = pipe("", steps=2, sampler=sampler, progress=False).settings.ran
+        end = {"euler": 0.0, "ddim": pipe.schedule.sigma_min}[sampler]
+        assert ran.nets["spacing"] == spacing and ran.sigmas == [pipe.schedule.sigmas(2, spacing, end=end).tolist()]
+
+    def test_sigmas_of_ones_own(self, pipe):
+        ran = pipe("", sigmas=torch.tensor([3.0, 1.0, 0.0]), progress=False).settings.ran
+        assert ran.nets["spacing"] == "given" and ran.sigmas == [[3.0, 1.0, 0.0]]
+
+    def test_files(self, tmp_path):
+        model, vae = tmp_path / "model", tmp_path / "vae"
+        shutil.copytree(DEFAULT_MODEL / "vae", vae)
+        model.symlink_to(DEFAULT_MODEL)
+        pipe = ldm.Pipeline.from_pretrained(model, vae=vae, dtype=torch.bfloat16)
+        to_q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+        width = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
+        parts = {f"{to_q}.lora_down.weight": torch.randn(4, width), f"{to_q}.lora_up.weight": torch.randn(width, 4)}
+        save_file(parts, tmp_path / "style.safetensors")
+        pipe.load_lora(tmp_path / "style.safetensors", 0.5)
+        out = pipe("", steps=1, progress=False)
+        ran, (text,) = out.settings.ran, out.texts()
+        assert ran.options["lora"] == [(tmp_path / "style.safetensors", 0.5)] and ran.nets["dtype"] == "bfloat16"
+        assert ran.files == {str(path): fingerprint(path) for path in (vae, tmp_path / "style.safetensors")}
+        assert parse(text)["files"] == {str(model): ran.hash, **ran.files}
+
+    def test_run_again(self, pipe):
+        """They are the settings of the call; changed ones have not run."""
+        out = pipe("red heart", steps=2, seed=3, progress=False)
+        again = pipe.run(out.settings, progress=False)
+        assert torch.equal(again.latents, out.latents) and again.settings.ran == out.settings.ran
+        assert replace(out.settings, seed=4).ran is None and ldm.Settings().ran is None
+        asked = ldm.Settings("red heart", steps=2)
+        assert pipe.run(asked, progress=False).settings.ran is not None and asked.ran is None
+
+    def test_nothing_is_read_before_it_is_looked_at(self, pipe, monkeypatch):
+        read = []
+        monkeypatch.setattr(record, "known", lambda *model: read.append(model) or "hash")
+        ran = pipe("", steps=1, progress=False).settings.ran
+        assert not read and ran.hash == "hash" and len(read) == 1
+
+    def test_another_file_has_another_hash(self, tmp_path):
+        shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+        pipe = ldm.Pipeline.from_pretrained(tmp_path / "model")
+        first = pipe("", steps=1, progress=False).settings.ran.hash
+        assert first == fingerprint(DEFAULT_MODEL)
+        file = tmp_path / "model/text_encoder/model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert pipe("", steps=1, progress=False).settings.ran.hash != first
+
+    def test_a_pipeline_of_ones_own(self, pipe):
+        parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.schedule)
+        out = ldm.Pipeline(*parts, name="mine", size=64)("", steps=1, progress=False)
+        assert (out.settings.ran.model, out.settings.ran.hash) == ("mine", None)
+        assert "model" not in out.records()[0].nets

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,25 @@ class TestCompare:
         for said in ("Seed", "(default)", "steps recorded", "first difference\nstart      before the first step"):
             assert said in str(found)
 
+    def test_what_else_decided_them(self, pipe, trace, tmp_path):
+        """Nets and machine are named, and make no other runs of the same; of an earlier trace they are not known."""
+        out = pipe("", steps=1, progress=False)
+        ran = out.settings.ran
+        assert trace.ran == {"model": ran.hash, **ran.nets, **{n: ran.machine[n] for n in ("processor", "threads")}}
+        for kept in (trace.only(0), Trace.load(trace.save(tmp_path / "run.safetensors"))):
+            assert kept.ran == trace.ran
+        other = replace(trace, ran=trace.ran | {"model": "another", "threads": "64"})
+        found = trace.compare(other)
+        assert found.ran == {"model": (ran.hash, "another"), "threads": (trace.ran["threads"], "64")} and found.equal
+        assert f"the same settings\nmodel                   {ran.hash}   another\nthreads" in str(found)
+        assert trace.compare(replace(trace, ran={})).ran == {}
+
+    def test_batches_of_different_size(self, trace, pipe):
+        """Only what they were asked for is another: none of the settings of the picture that one of them lacks."""
+        found = trace.compare(pipe.trace([PROMPT, "a"], **HOW))
+        assert set(found.settings) == {"Batch pos", "Prompts", "Negative prompts"} and not found.equal
+        assert found.first[0].why == "(1, 4, 16, 16) and (2, 4, 16, 16)"
+
     def test_another_number_of_steps_is_a_difference(self):
         longer, tensors = made(), dict(made().tensors)
         shorter = Trace(tensors, longer.texts, longer.words, 1)
@@ -307,6 +327,9 @@ class TestCommandLine:
 
     def trace(self, *argv):
         main(["trace", *argv, "--steps", "2", "--quiet"])
+
+    def show(self, *argv):
+        main(["trace", *argv, "--quiet"])
 
     def compare(self, *argv):
         try:
@@ -361,15 +384,30 @@ class TestCommandLine:
     def test_outputs(self, capsys):
         self.trace("red heart")
         self.trace("red heart", "-o", "a.safetensors", "--seed", "1")
-        self.trace("a.safetensors")
-        self.trace("a.safetensors", "--beside", "a.safetensors", "--force")
-        self.trace("a.safetensors", "-o", "a.svg")
-        self.trace("a.safetensors", "-o", "a.safetensors")
+        self.show("a.safetensors")
+        self.show("a.safetensors", "--beside", "a.safetensors", "--force")
+        self.show("a.safetensors", "-o", "a.svg")
+        self.show("a.safetensors", "-o", "a.safetensors")
         said = "run.html a.safetensors run-2.html run.html a.svg a-2.safetensors"
         assert capsys.readouterr().out.split() == said.split()
         assert Trace.load("a-2.safetensors").compare(Trace.load("a.safetensors")).equal
         assert "<svg" in Path("a.svg").read_text() and Path("run.html").read_text().count('"prompt":') == 2
         assert parse(Trace.load("a.safetensors").texts[0])["seed"] == 1
+
+    def test_of_a_picture(self, pipe, capsys):
+        """How it was made is shown, its own place in the batch; what nobody would look at is refused."""
+        pipe("red heart", steps=2, seed=[3, 8], progress=False).save("pair.png")
+        self.show("pair-2.png", "-o", "run.safetensors")
+        self.show("pair-2.png", "--beside", "pair.png", "-o", "run.html")
+        alone = pipe.trace("red heart", steps=2, seed=8, progress=False)
+        got = Trace.load("run.safetensors")
+        assert torch.allclose(got[-1].x, alone[-1].x, atol=1e-4) and parse(got.texts[0])["seed"] == (3, 8)
+        assert Path("run.html").read_text().count('"prompt":') == 2
+        for file in ("pair.png", "run.safetensors"):
+            with pytest.raises(SystemExit) as stop:
+                self.show(file, "--steps", "3", "-n", "2", "-o", "no.html")
+            assert f"{file} says itself how it was made: leave out n, steps" in stop.value.code
+        assert not Path("no.html").exists()
 
     @pytest.mark.parametrize(
         ("argv", "why"),
@@ -379,11 +417,12 @@ class TestCommandLine:
             (["x", "-o", "a.png", "--beside", "a.safetensors"], "give a name in .html"),
             (["x", "--beside", "a.safetensors"], "a.safetensors"),
             (["none.safetensors"], "none.safetensors"),
+            (["none.png"], "none.png: No such file"),
         ],
     )
     def test_refusals(self, argv, why):
         with pytest.raises(SystemExit) as stop:
-            self.trace(*argv)
+            self.show(*argv)
         assert why in stop.value.code and not list(Path().iterdir())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.parity.causes import Known, cause_between, cause_in_layer
 from ldm.parity.difference import Difference, laid_out, measure, terms_of
 from ldm.parity.names import partners
-from ldm.parity.recording import Call, Inputs, Recording, arguments, name_of, run, tensors_of, with_tensors
+from ldm.parity.recording import Call, Inputs, Recording, arguments, check_model, name_of, run, tensors_of, with_tensors
 
 RECENT = 16  # tensors that the code between two layers may have used: a transformer block puts out 14
 
@@ -97,8 +97,10 @@ def check(model: nn.Module, file: str | Path, inputs: Inputs | None = None) -> R
     names begin with in a larger net ("model.diffusion_model.", "text_model.") is passed over. inputs: None are the
     recorded ones; give those of the model where its arguments are others. On a GPU, switch TF32 off: it shows. A run
     that ends with a RuntimeError, as where a layer has another width, is reported as far as it came.
-    Raises ValueError for a model in training mode, a file that is no recording, and if no layer's name agrees.
+    Raises ValueError for no module, a model in training mode, a file that is no recording, and if no layer's name
+    agrees.
     """
+    check_model(model)
     recording = Recording(file)
     recorded = {name_of(key): call.aliases for key, call in recording.calls.items() if key}
     partner = partners(model, recorded)

@@ -43,10 +43,11 @@ def record(model: nn.Module, inputs: Inputs, file: str | Path, method: str | Non
     inputs: of the call, a tensor, a tuple, or a dict by the arguments' names: tensors, numbers and texts, in tuples,
     lists and dicts. method: None calls the model itself, "decode" calls model.decode. All tensors are in memory until
     they are written, each once: small inputs, latents of 16x16, tell as much as large ones.
-    Raises ValueError for a model in training mode, for inputs of other types, and for an existing file that is no
-    recording; a recording is replaced.
+    Raises ValueError for no module, for a model in training mode, for inputs of other types, and for an existing file
+    that is no recording; a recording is replaced.
     """
     file = Path(file)
+    check_model(model)
     check_target(file)
     args, kwargs = arguments(inputs)
     keep, aliases, calls = Kept(), other_names(model), []
@@ -70,6 +71,13 @@ def record(model: nn.Module, inputs: Inputs, file: str | Path, method: str | Non
     said = tree_map(as_json, (list(args), dict(kwargs)))
     run(model, args, kwargs, method, enter, leave)
     write_file(file, keep.tensors, {METADATA: json.dumps({"method": method, "inputs": said, "calls": calls})})
+
+
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: give a net, as pipe.unet")
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode, in which two runs may differ: call its .eval()")
 
 
 def check_target(file: Path) -> None:
@@ -161,9 +169,7 @@ def run(
     leave: Callable[[str, nn.Module, Any], Any],
 ) -> None:
     """Call the model. What `enter(key, module, (args, kwargs))` and `leave(key, module, output)` return, if it is not
-    None, takes the place of what a module is given and puts out. Raises ValueError for a model in training mode."""
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode, in which two runs may differ: call its .eval()")
+    None, takes the place of what a module is given and puts out."""
     counts: Counter[str] = Counter()
 
     def pre_hook(name: str) -> Callable:

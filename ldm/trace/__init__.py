@@ -10,7 +10,7 @@ A trace is a consumer of the run's own loop; with it the run is bitwise what it 
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,8 @@ class Trace:
     """`trace[i]` is the Step i, its tensors on the CPU; `len(trace)` their number.
 
     tensors: of all steps, 0003.x, ...; "start" (B,4,h,w) is x at the first sigma. If there is a file, each is read from
-    it when it is asked for. texts: how each picture was made, as its own file would say. words: of each prompt.
+    it when it is asked for. texts: how each picture was made, as its own file would say. words: of each prompt. ran:
+    what else decided it, the model's hash, what its nets are, the machine.
     """
 
     tensors: Mapping[str, Tensor]
@@ -52,6 +53,7 @@ class Trace:
     words: list[list[str]]
     steps: int
     file: Path | None = None
+    ran: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, file: str | Path) -> "Trace":
@@ -59,7 +61,7 @@ class Trace:
         tensors = Opened(Path(file))
         try:
             about = json.loads(tensors.metadata["trace"])
-            return cls(tensors, about["texts"], about["words"], about["steps"], Path(file))
+            return cls(tensors, about["texts"], about["words"], about["steps"], Path(file), about.get("ran", {}))
         except (KeyError, TypeError, ValueError) as error:
             why = "no trace; give a file that pipe.trace(..., file=) or trace.save(file) wrote"
             raise ValueError(f"{file}: {why}") from error
@@ -69,7 +71,8 @@ class Trace:
         return place(checked(file), lambda part: write_file(part, self.tensors, self._metadata()), force)
 
     def _metadata(self) -> dict[str, str]:
-        return {"trace": json.dumps({"texts": self.texts, "words": self.words, "steps": self.steps})}
+        about = {"texts": self.texts, "words": self.words, "steps": self.steps, "ran": dict(self.ran)}
+        return {"trace": json.dumps(about)}
 
     def __len__(self) -> int:
         return self.steps
@@ -100,7 +103,7 @@ class Trace:
                     kept[f"{step}.words.0"] = tensor
             else:
                 kept[name] = tensor[picture : picture + 1] if tensor.ndim == 4 else tensor
-        return Trace(kept, [self.texts[picture]], [self.words[picture]], self.steps)
+        return Trace(kept, [self.texts[picture]], [self.words[picture]], self.steps, ran=self.ran)
 
     @property
     def start(self) -> Tensor:
@@ -211,7 +214,8 @@ def record(
     """
     one_run(s, "a trace shows one run")
     target = None if file is None else checked(file)
-    options = with_files(pipe.made_of(s))
+    ran = pipe.about(s)
+    options = with_files(ran.options)
     name, preview, pipe = pipe.name, fit(pipe), pipe._tiled(s.tiling)
     plans = [pipe.plan(text, s.how.emphasis) for text in s.texts]
     with torch.no_grad():
@@ -247,7 +251,10 @@ def record(
     if not count:
         raise ValueError(f"the sampler {s.sampler_name!r} ended without a step: it has {len(run.sigmas) - 1}")
     texts = [parameters(s, i, run.size, name, options) for i in range(s.count)]
-    made = Trace(memory, texts, [[word for word, _ in plan.words] for plan in plans], count)
+    told = ran.known_nets() | {
+        name: ran.machine[name] for name in ("processor", "threads")
+    }  # versions are in the texts
+    made = Trace(memory, texts, [[word for word, _ in plan.words] for plan in plans], count, ran=told)
     if target is None or not isinstance(kept, Growing):
         return made
     return Trace.load(kept.save(target, made._metadata(), force))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -42,22 +41,26 @@ def numbers(d: Difference) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """settings: the names of those that differ, as the two have them. first: of each quantity that differs, where it
-    begins to, in the order in which they do. last: of each, where the runs end. steps: of each run."""
+    """settings: the names of those that differ, as the two have them. ran: the same of nets and machine. first: of each
+    quantity that differs, where it begins to, in the order in which they do. last: of each, where the runs end. steps:
+    of each run."""
 
     settings: dict[str, tuple[str, str]]
+    ran: dict[str, tuple[str, str]]
     first: list[Difference]
     last: list[Difference]
     steps: tuple[int, int]
 
     @property
     def equal(self) -> bool:
-        """Bitwise, with the same settings."""
+        """Bitwise, with the same settings, whatever they ran on."""
         return not self.settings and not self.first and self.steps[0] == self.steps[1]
 
     def __str__(self) -> str:
-        width = max([len(a) for a, _ in self.settings.values()], default=0) + 3
-        lines = [f"{name:<24}{a:<{width}}{b}" for name, (a, b) in self.settings.items()] or ["the same settings"]
+        both = {**self.settings, **self.ran}
+        width = max([len(a) for a, _ in both.values()], default=0) + 3
+        lines = [] if self.settings else ["the same settings"]
+        lines += [f"{name:<24}{a:<{width}}{b}" for name, (a, b) in both.items()]
         if self.steps[0] != self.steps[1]:
             lines.append(f"{'steps recorded':<24}{self.steps[0]:<{width}}{self.steps[1]}")
         if not self.first:
@@ -76,7 +79,9 @@ def compare(a: Trace, b: Trace) -> Comparison:
             first.setdefault(quantity, found)
             if step == min(len(a), len(b)) - 1:
                 last[quantity] = found
-    return Comparison(settings(a, b), list(first.values()), list(last.values()), (len(a), len(b)))
+    both = [name for name in a.ran if name in b.ran]  # an earlier version's trace has none of them
+    ran = {name: (a.ran[name], b.ran[name]) for name in both if a.ran[name] != b.ran[name]}
+    return Comparison(settings(a, b), ran, list(first.values()), list(last.values()), (len(a), len(b)))
 
 
 def pairs(a: Trace, b: Trace) -> Iterator[tuple[str, int | None, float, Tensor | None, Tensor | None]]:
@@ -102,7 +107,7 @@ def difference(quantity: str, step: int | None, sigma: float, a: Tensor | None, 
 def settings(a: Trace, b: Trace) -> dict[str, tuple[str, str]]:
     """What the pictures' texts say, by its name; of a batch, of its first picture that differs there."""
     found: dict[str, tuple[str, str]] = {}
-    for texts in zip_longest(a.texts, b.texts, fillvalue=""):
+    for texts in zip(a.texts, b.texts, strict=False):  # how many there are is a setting, too
         one, other = map(listed, texts)
         for name in [*one, *(name for name in other if name not in one)]:
             values = one.get(name, "(default)"), other.get(name, "(default)")

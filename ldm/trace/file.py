@@ -17,7 +17,7 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
 
 class Growing:
     """`growing[name] = tensor`, and at the end `save`. Until then there is a file without a name, which goes with the
-    process, however it ends."""
+    process, however it ends. `save` copies it once: the header, which comes first, is known only then."""
 
     def __init__(self, folder: Path):
         self.data = TemporaryFile(dir=folder)  # noqa: SIM115
