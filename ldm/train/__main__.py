@@ -242,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     logs.set_defaults(function=plot_verb)
 
     for verb in ["emoji", *PARTS, "curves"]:
-        part = verbs.add_parser(verb)
+        part = verbs.add_parser(verb, help="of the default model, see above")
         part.add_argument("--data", type=Path, default=Path("runs/emoji64.npz"), help="default %(default)s")
         part.add_argument("--runs", type=Path, default=Path("runs"), help="states and logs (default %(default)s)")
         part.add_argument("--model", type=Path, default=Path("weights/emoji-64"), help="default %(default)s")

@@ -272,7 +272,7 @@ def free(out: Path, kind: str) -> Path:
     """The place of the result, if it can be there."""
     if kind != "whole nets" and out.suffix != ".safetensors":
         raise ValueError(f"{out}: {kind} is a file, give it a name that ends in .safetensors")
-    if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if out.suffix != ".safetensors" and out.suffix[1:].isalpha():  # .ckpt, .png; but not my-dog-1.5
         raise ValueError(f"{out}: give a name that ends in .safetensors, or that of a folder")
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or give another name")

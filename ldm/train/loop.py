@@ -283,11 +283,25 @@ def resume(run: Run, config: Mapping[str, Any]) -> None:
         forget_after(run.step, run.folder / "log.jsonl")
 
 
-def watch(on_step: Callable[[int, dict[str, float]], None], line: dict[str, float]) -> None:
+def watch(on_step: Callable[[int, dict[str, float]], None], line: dict[str, float], came: list[int]) -> None:
+    """A signal ends it at once, as it may draw for minutes while the step is not saved yet."""
+
+    def stop(number: int, _: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        on_step(int(line["step"]), line)
+        if not came:
+            on_step(int(line["step"]), line)
+    except KeyboardInterrupt:
+        if not came:
+            raise
     except OSError as error:
         say(f"step {line['step']}: {error}. The training goes on")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def train(
@@ -327,9 +341,9 @@ def train(
     is 1), loss, norm (before clipping), lr (of the first group), seconds. The same goes to `on_step(step, line)`, in
     the first process; its OSErrors (a full disk) are said, and the training goes on.
 
-    SIGINT (Ctrl-C) and SIGTERM let the step end, save and raise KeyboardInterrupt. A loss or gradient that is not
-    finite raises FloatingPointError before it gets into the weights; after that, and after any other error, the last
-    state that was saved stands. Only the main thread can be told of signals, so only it can train.
+    SIGINT (Ctrl-C) and SIGTERM let the step end but not `on_step`, save and raise KeyboardInterrupt. A loss or gradient
+    that is not finite raises FloatingPointError before it gets into the weights; after that, and after any other error,
+    the last state that was saved stands. Only the main thread can be told of signals, so only it can train.
     """
     processes.join()
     shared = processes.share(objective)
@@ -357,7 +371,7 @@ def train(
                 recent.append(loss)
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{lr:.1e}", refresh=False)
                 if on_step is not None and first:
-                    watch(on_step, line)
+                    watch(on_step, line, came)
                 due = now - saved > 60 * save_minutes or (save_steps is not None and run.step % save_steps == 0)
                 asked, due_of_first = processes.total(len(came), due and first)
                 if asked:

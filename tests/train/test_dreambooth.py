@@ -301,6 +301,7 @@ def test_what_cannot_be_is_said_at_the_start(models, pictures, tmp_path):
             dict(training=replace(FAST, rank=2), out="mine"),
             "mine: a LoRA is a file, give it a name that ends in .safet",
         ),
+        (dict(out="mine.png"), "mine.png: give a name that ends in .safetensors, or that of a folder"),
         (dict(out="mine.ckpt"), "mine.ckpt: give a name that ends in .safetensors, or that of a folder"),
         (dict(training=replace(FAST, shard=True)), "start it with torchrun, or leave it out"),
         (dict(training=replace(FAST, zero_snr=True)), "prediction_type='epsilon' with zero terminal SNR"),

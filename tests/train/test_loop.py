@@ -272,6 +272,25 @@ class TestSignals:
         run(tmp_path)
         assert_same(tmp_path, whole)
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_while_something_is_drawn(self, number, whole, tmp_path):
+        """The drawing ends at once; and none is begun where a signal has come before."""
+        drawn = []
+
+        def draw(step, line):
+            if step in (3, 5):
+                os.kill(os.getpid(), number)
+            drawn.append(step)
+
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 26"):
+            run(tmp_path, on_step=draw)
+        assert drawn == [1, 2] and newest(tmp_path)[1] == 3
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 4 of 26"):
+            run(tmp_path, lambda step: os.kill(os.getpid(), number), on_step=draw)
+        assert drawn == [1, 2] and newest(tmp_path)[1] == 4
+        run(tmp_path)
+        assert_same(tmp_path, whole)
+
     def test_between_the_weights_and_their_average(self, whole, tmp_path):
         steps = iter(range(3 * STEPS))  # of any of the three optimizers: this is the first one's tenth
         hook = register_optimizer_step_post_hook(
