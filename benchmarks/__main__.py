@@ -2,7 +2,7 @@
 
     python -m benchmarks                        # hours on two cores; 16 GB of memory, 13 of disk for temporary files
     python -m benchmarks --stages unet,decode --rounds 5 --save results
-    python -m benchmarks --size tiny            # the whole of it on tiny nets, to try it: its figures mean nothing
+    python -m benchmarks --size tiny            # every line of it on tiny nets, some minutes: its figures mean nothing
 
 The weights are random, which does not change the time. Ours and each peer that is installed take turns on the same
 weights and inputs, each in a process of its own while nothing else computes; imports, loading and whole pictures are

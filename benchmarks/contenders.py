@@ -96,7 +96,9 @@ class OpenVINO:
     def __init__(self, folder: Path, dtype: torch.dtype, part: str):
         import openvino
 
-        self.core, self.precision = openvino.Core(), {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        self.how = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.core = openvino.Core()
         self.model, self.shape, self.compiled = self.core.read_model(openvino_file(folder)), None, None
 
     def unet(self, x: Tensor, t: int, context: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class OpenVINO:
         if x.shape != self.shape:
             self.compiled = None  # its memory first
             self.model.reshape({i: list(array.shape) for i, array in enumerate(given)})
-            self.compiled = self.core.compile_model(self.model, "CPU", {"INFERENCE_PRECISION_HINT": self.precision})
+            self.compiled = self.core.compile_model(self.model, "CPU", self.how)
             self.shape = x.shape
         return torch.from_numpy(self.compiled(given)[0])
 
