@@ -192,7 +192,8 @@ One command teaches them to the default model:
         --class-prompt monster --steps 400 --batch 4 --learning-rate 5e-5 --text-encoder --out my-monster
 
 (The rates are for a small model at 64x64; those for Stable Diffusion are the defaults.) It first draws 200 pictures of
-"monster", which it must still know afterwards (prior preservation), then trains. With `--rank 8 --targets all-linear --learning-rate 2e-3` and `--out my-monster.safetensors` the result is a LoRA.
+"monster", which it must still know afterwards (prior preservation), then trains. With
+`--rank 8 --targets all-linear --learning-rate 2e-3` and `--out my-monster.safetensors` the result is a LoRA.
 
 ## What it is worth
 
