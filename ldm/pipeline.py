@@ -343,8 +343,8 @@ class Pipeline:
     def fast(name: str) -> dict[str, Any]:
         """Settings that trade exactness for time, to be given to a call: `pipe(prompt, **pipe.fast("balanced"))`.
 
-        "balanced": pictures hardly worse, with 54 % of the multiplications. "draft": to find seeds and prompts. What each
-        costs stands in the README. Raises ValueError for another name.
+        "balanced": pictures hardly worse, with 54 % of the multiplications. "draft": to find seeds and prompts. What
+        each costs stands in the README. Raises ValueError for another name.
         """
         if name not in FAST:
             raise ValueError(f"fast({name!r}): use {' or '.join(map(repr, FAST))}")
