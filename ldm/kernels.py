@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Limits are of one row of a batch, so that a picture is computed in the same way whatever the batch.
-LARGE = 2**20  # multiplications; below that, calling oneDNN costs more than it saves
+LARGE = 2**22  # multiplications; below that, calling oneDNN costs more than it saves
 SCORES = 2**20  # of one head that stand in memory at a time: 4 MB, which stay in the cache
 FEW_PIXELS = 1 / 4  # of the channels out: a convolution then takes longer to rearrange its weights than to compute
 

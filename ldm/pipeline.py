@@ -204,7 +204,7 @@ class Pipeline:
             options["lora"] = [(lora.path, lora.scale) for lora in self.loras]
         if self._embeddings:
             options["embedding"] = self._embeddings
-        if settings.refiner is not None:
+        if isinstance(settings.refiner, Pipeline):
             options["refiner"] = settings.refiner._options.get("model", DEFAULT_MODEL)
         return options
 

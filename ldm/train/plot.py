@@ -26,10 +26,10 @@ def plot(runs: Mapping[str, Path], file: Path) -> None:
     figure = Figure(figsize=(5 * len(runs), sum(heights)), layout="constrained")
     rows = figure.subplots(len(heights), len(runs), squeeze=False, height_ratios=heights)
     for (title, log), (loss, rate, *below) in zip(logs.items(), rows.T, strict=True):
-        block = min(20, 1 + len(log["step"]) // 20)  # steps whose mean is a point
-        _, which = np.unique((log["step"] - 1) // block, return_inverse=True)
-        steps, losses = (np.bincount(which, log[name]) / np.bincount(which) for name in ("step", "loss"))
-        loss.plot(steps, losses, ".-" if len(steps) < 20 else "-", linewidth=0.8)
+        block = 20 if len(log["step"]) > 40 else 1  # steps whose mean is a point
+        blocks, which = np.unique((log["step"] - 1) // block, return_inverse=True)
+        style = "-" if block > 1 else ".-"
+        loss.plot(block * (blocks + 1), np.bincount(which, log["loss"]) / np.bincount(which), style, linewidth=0.8)
         loss.set(title=title, ylabel="loss", yscale="log")
         rate.plot(log["step"], log["lr"], linewidth=0.8)
         rate.set(xlabel="step", ylabel="rate")

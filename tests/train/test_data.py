@@ -268,9 +268,9 @@ class TestEvaluate:
         assert {"guidance_scale": 4.0, "steps": 7, "clip_skip": 3} in calls
         assert Image.open(tmp_path / "curves.png").size == (1440, 480)
 
-    @pytest.mark.parametrize(("steps", "points"), [(2, 2), (30, 15), (1000, 50)])
+    @pytest.mark.parametrize(("steps", "points"), [(2, 2), (30, 30), (1000, 50)])
     def test_plot_of_few_steps(self, steps, points, tmp_path, monkeypatch):
-        """Means of up to 20 steps, each at its middle."""
+        """Each of a few, the means of 20 of many."""
         from matplotlib.figure import Figure
 
         lines = [json.dumps({"step": k, "loss": k, "lr": 1e-3}) for k in range(1, steps + 1)]
@@ -281,7 +281,7 @@ class TestEvaluate:
         )
         plot({"run": tmp_path}, tmp_path / "loss.png")
         x, y = drawn[0]
-        assert len(x) == points and np.allclose(x, y)
+        assert len(x) == points and np.allclose(x, y + (9.5 if steps > 40 else 0))
 
     def test_plot_loss(self, tmp_path):
         lines = [json.dumps({"step": k, "loss": 1 / k, "lr": 1e-3, "seconds": k}) for k in (20, 40, 60)]

@@ -487,6 +487,6 @@ class TestEvaluate:
         rows = [{"step": k, "loss": float(k), "lr": 1e-3} for k in range(1, 51)]
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         drawn = []
-        monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: drawn.append((list(x), list(y))))
+        monkeypatch.setattr(Axes, "plot", lambda self, x, y, *_, **__: drawn.append((list(x), list(y))))
         plot({"VAE": tmp_path}, tmp_path / "loss.png")
         assert drawn == [([20, 40, 60], [10.5, 30.5, 45.5]), (list(range(1, 51)), [1e-3] * 50)]
