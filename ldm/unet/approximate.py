@@ -1,6 +1,7 @@
 """The UNet in less time and not equal: for sampling, where nobody asks for its exact numbers."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class MergingBlock(TransformerBlock):
         return unmerge(self.attn1(h, h))
 
 
-def merging(x: Tensor, size: torch.Size, ratio: float):  # noqa: ANN201
+def merging(x: Tensor, size: torch.Size, ratio: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """x (B,hw,C) -> merge and unmerge: (B,hw,C') to (B,n,C') and back."""
     place = torch.arange(size[0] * size[1], device=x.device).view(*size)
     stays = place[::2, ::2].flatten()
