@@ -5,6 +5,7 @@
 Starting them, and all of them anew where one dies, is torchrun's; gradients are DistributedDataParallel's.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ def join() -> None:
         # The count of restarts keeps them apart; where there are several machines, it is not the same on all.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
+    atexit.register(dist.destroy_process_group)  # else its threads, still at work, may abort the exit
 
 
 def rank() -> int:
