@@ -51,6 +51,8 @@ NETS: dict[str, tuple[type[nn.Module], Callable[[Any, str], tuple[str, ...]]]] =
     "text_encoder_2": (TextEncoder, ldm.clip.keys.spellings),
 }
 
+COPIED = 2**28  # bytes of a file that at most are held beside what was made of them
+
 # Flags by which fine-tuned models say how they were trained; and where that is not on Stable Diffusion's own schedule.
 FLAGS: dict[str, dict[str, Any]] = {
     "v_pred": {"prediction_type": "v_prediction"},
@@ -317,11 +319,15 @@ class Plan:
 
         Raises CheckpointError for a value that is no number, or none in that dtype.
         """
-        source, shapes = self.source, self.shapes
-        return {
-            ours: in_dtype(source[theirs].reshape(shapes[ours]), dtype, theirs, source.where)
-            for ours, theirs in self.theirs.items()
-        }
+        source, tensors, copied = self.source, {}, 0
+        for ours, theirs in self.theirs.items():
+            stored = source[theirs]
+            tensors[ours] = in_dtype(stored.reshape(self.shapes[ours]), dtype, theirs, source.where)
+            copied += stored.nbytes if tensors[ours].dtype != stored.dtype else 0
+            if copied > COPIED:  # else the whole file and its copy are in memory together
+                source.release()
+                copied = 0
+        return tensors
 
     def fill(self, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
         """The net with its values. Without a dtype it keeps that of its tensors, or of the widest if they differ."""

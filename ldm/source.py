@@ -48,10 +48,11 @@ class Source:
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._places: dict[str, tuple[safe_open, str]] = {}  # the file and the name of the tensor to look in
+        self._opened: dict[Path, safe_open] = {}
+        self._places: dict[str, tuple[Path, str]] = {}  # the file and the name of the tensor to look in
         self.files: dict[str, Path] = {}  # that each tensor is stored in
         for path in files:
-            file = open_safetensors(path)
+            file = self._opened[path] = open_safetensors(path)
             self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
                 if name in self.files:
@@ -64,7 +65,7 @@ class Source:
                 self.stored[name] = dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if not IGNORED.fullmatch(name):
                     for view, view_shape in views(name, shape).items():
-                        self._places[view] = file, name
+                        self._places[view] = path, name
                         self.shapes[view] = view_shape
                         self.dtypes[view] = dtype
 
@@ -72,9 +73,13 @@ class Source:
         """Forget the tensors under a prefix: they are not wanted."""
         self.shapes = {name: shape for name, shape in self.shapes.items() if not name.startswith(prefix)}
 
+    def release(self) -> None:
+        """Map the files anew: what was read of them leaves the memory with the last of its tensors."""
+        self._opened = {path: open_safetensors(path) for path in self._opened}
+
     def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._places[name]
-        tensor = file.get_tensor(stored)
+        path, stored = self._places[name]
+        tensor = self._opened[path].get_tensor(stored)
         match name.removeprefix(stored):
             case ".q" | ".k" | ".v" as part:
                 return tensor.chunk(3)["qkv".index(part[1])]

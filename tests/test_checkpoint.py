@@ -644,9 +644,39 @@ def test_loading_imports_no_hub_client_and_no_compiler(saved):
     assert run.stdout == "[]\n"
 
 
+def test_a_file_that_is_converted_is_mapped_anew(saved, both, monkeypatch):
+    """As often as may be here: the values are the same, and at the end nothing of it is mapped."""
+
+    def counted(source):
+        counts.append(1)
+        release(source)
+
+    release, counts = Source.release, []
+    monkeypatch.setattr(checkpoint, "COPIED", 0)
+    monkeypatch.setattr(Source, "release", counted)
+    for path in (saved, both[True]):
+        before = maps_of(path)
+        plain = load(path)
+        assert not counts and maps_of(path) > before
+        halves = load(path, dtype=torch.bfloat16)
+        names = [(part, name) for part in PARTS for name in getattr(plain, part).state_dict()]
+        assert len(counts) == len(names)
+        for part, name in names:
+            expected, half = (getattr(parts, part).state_dict()[name] for parts in (plain, halves))
+            assert torch.equal(expected.to(torch.bfloat16), half)
+        del plain, expected
+        counts.clear()
+        assert maps_of(path) == before
+
+
+def maps_of(path):
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
 MEASURE = """
 import sys, time
 from pathlib import Path
+import torch
 from ldm import checkpoint, models
 
 def peak():  # of this process since it began, in bytes
@@ -656,7 +686,8 @@ def peak():  # of this process since it began, in bytes
 before, loads = peak(), []
 for _ in range(3):  # the best counts: others use the machine, too
     start, busy = time.perf_counter(), time.process_time()
-    parts = checkpoint.load(sys.argv[1])
+    parts = None
+    parts = checkpoint.load(sys.argv[1], dtype=getattr(torch, sys.argv[2], None))
     loads.append((time.perf_counter() - start, time.process_time() - busy))
 total = sum(p.sum() for net in parts[:3] for p in net.parameters())  # pages that nobody has read are not resident
 assert total == total
@@ -671,12 +702,24 @@ def full_file(tmp_path):
     path.unlink()  # pytest would keep the gigabytes of its last three runs
 
 
+def measured(file, dtype):
+    run = subprocess.run([sys.executable, "-c", MEASURE, file, dtype], capture_output=True, text=True, check=True)
+    return map(float, run.stdout.split())
+
+
+@pytest.mark.full
+def test_in_another_dtype_the_file_is_not_in_memory_beside_its_copy(full_file):
+    size = full_file.stat().st_size
+    *_, added = measured(full_file, "bfloat16")
+    print(f"peak memory {added / size:.3f} x the file")
+    assert added <= 1.3 * size
+
+
 @pytest.mark.full
 def test_two_gigabytes_take_one_times_their_size_and_under_three_seconds(full_file):
     size = full_file.stat().st_size
     assert size > 2e9
-    run = subprocess.run([sys.executable, "-c", MEASURE, full_file], capture_output=True, text=True, check=True)
-    seconds, busy, added = map(float, run.stdout.split())
+    seconds, busy, added = measured(full_file, "its own")
     print(f"{seconds:.2f} s, of which computing {busy:.2f} s, peak memory {added / size:.3f} x the file")
     assert added <= 1.15 * size
     assert seconds < 3 and busy < 3  # from a warm cache

@@ -19,6 +19,7 @@ A training that was stopped (Ctrl-C, SIGTERM, or worse) goes on where it was whe
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -258,8 +259,14 @@ def emoji_verb(a: argparse.Namespace) -> None:
         PARTS[verb](a)
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     a = parser().parse_args(argv)
+    # Loading, drawing and writing end at once; the steps of a training have handlers of their own.
+    handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         a.function(a)
     except KeyboardInterrupt as stop:
@@ -268,6 +275,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"ldm train: error: {error}")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import ldm
 from ldm import hub
 from ldm.convert import convert
 from ldm.image import to_tensor
+from ldm.train import dreambooth as steps
 from ldm.train.__main__ import main, parser, trained
 from ldm.train.batches import Batches
 from ldm.train.dreambooth import Run, dreambooth, embedding, finetune
@@ -72,17 +73,20 @@ def changed(before, after):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("single", [True, False])
 def test_whole_nets(models, pictures, tmp_path, kind, single):
-    """The UNet alone is another; what diffusers loads from the folder makes the same picture."""
+    """The UNet alone is another; what diffusers loads makes the same picture."""
     out = tmp_path / ("mine.safetensors" if single else "mine")
     dreambooth(models[kind], pictures, "a cat", out, FAST, class_prompt="the red", class_count=3)
     assert changed(weights(models[kind]), weights(out)) == {"unet"}
     assert len(list((tmp_path / f"{out.name}.run").glob("class-*/class-*.png"))) == 3
-    if not single:
-        other = type(reference(KINDS[kind], SAMPLERS[kind])).from_pretrained(out)
-        other.set_progress_bar_config(disable=True)
-        mine = ldm.Pipeline.from_pretrained(out)
-        sampler = SAMPLERS[kind].__name__
-        assert_close(ours(mine, 3, sampler=sampler, prompt="a cat", **SMALL), theirs(other, 3, prompt="a cat", **SMALL))
+    cls = type(reference(KINDS[kind], SAMPLERS[kind]))
+    if single:
+        other = cls.from_single_file(out, config=str(models[kind]), local_files_only=True)
+    else:
+        other = cls.from_pretrained(out)
+    other.set_progress_bar_config(disable=True)
+    mine = ldm.Pipeline.from_pretrained(out)
+    sampler = SAMPLERS[kind].__name__
+    assert_close(ours(mine, 3, sampler=sampler, prompt="a cat", **SMALL), theirs(other, 3, prompt="a cat", **SMALL))
 
 
 @pytest.mark.parametrize("kind", ["SD 1", "SDXL"])
@@ -491,6 +495,46 @@ def test_command_line(models, pictures, tmp_path, capsys):
     assert Image.open(tmp_path / "loss.png").size[0] > 100
     with pytest.raises(SystemExit, match=r"ldm train: error: .*remove it, or give another name"):
         main(["dreambooth", "--instance-images", str(pictures), "--instance-prompt", "a cat", *common.split()])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("during", ["save", "save_lora"])
+def test_ended_while_it_draws_or_writes(models, pictures, tmp_path, capsys, monkeypatch, number, during):
+    """Class pictures, or the result: one line, nothing half-written, and the same command goes on to the same end."""
+
+    def command(out):
+        line = ["dreambooth", "--instance-images", str(pictures), "--instance-prompt", "a cat"]
+        line += ["--class-prompt", "the red", "--class-count", "6", "--model", str(models["SD 1"])]
+        return [*line, *f"--out {out} --steps 2 --resolution 32 --rank 2".split()]
+
+    def files():
+        return {file.name: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+
+    def ending(*arguments):
+        written.append(arguments)
+        if len(written) == {"save": 3, "save_lora": 1}[during]:
+            signal.raise_signal(number)
+        return write(*arguments)
+
+    handler, written = signal.getsignal(number), []
+    write = getattr(steps, during)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, during, ending)
+        with pytest.raises(SystemExit) as end:
+            main(command(tmp_path / "a.safetensors"))
+    assert end.value.code == 130 and signal.getsignal(number) is handler
+    assert capsys.readouterr().err.endswith("stopped; what was computed is kept, the same command goes on\n")
+    kept = files()
+    drawn = {"save": 2, "save_lora": 6}[during]
+    assert sum(name.startswith("class-") and name.endswith(".png") for name in kept) == drawn
+    assert "a.safetensors" not in kept and not [name for name in kept if "part" in name or "tmp" in name]
+    main(command(tmp_path / "a.safetensors"))
+    after = files()
+    assert all(after[name] == data for name, data in kept.items() if name.endswith(".png"))
+    main(command(tmp_path / "b.safetensors"))
+    gone_on, at_once = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert gone_on.keys() == at_once.keys()
+    assert all(torch.equal(value, at_once[name]) for name, value in gone_on.items())
 
 
 def test_command_line_of_a_word(models, pictures, tmp_path):
