@@ -208,6 +208,7 @@ Mean and standard deviation of five trainings, by their seeds; before: the same 
 - class drift, others drift: how far pictures of "monster" and of 20 other prompts, the first by their SHA-1, have moved
   from those of the same seeds before: mean squared error at 16x16, in [0,1].
 - seconds: of the training, on two cores that had other work, too. The pictures of the class are drawn by the first.
+  On the cores alone, the command above took 134 s and that of the LoRA 118 s, the 200 pictures of the class included.
 
 The subject is learnt, by whole nets and by a LoRA alike. On green it keeps its body and colours, and its face blurs;
 most of that column is the green, which pictures of any monster have too. What the pictures of the class buy is in the
