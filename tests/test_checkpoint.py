@@ -649,7 +649,9 @@ def test_a_file_that_is_converted_is_mapped_anew(saved, both, monkeypatch):
 
     def counted(source):
         counts.append(1)
+        before = dict(source._opened)
         release(source)
+        assert before and all(source._opened[file] is not opened for file, opened in before.items())
 
     release, counts = Source.release, []
     monkeypatch.setattr(checkpoint, "COPIED", 0)

@@ -33,7 +33,13 @@ def join() -> None:
         # The count of restarts keeps them apart; where there are several machines, it is not the same on all.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
-    atexit.register(dist.destroy_process_group)  # else its threads, still at work, may abort the exit
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Ends the group, whose threads, still at work, else may abort the exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldm
-from ldm import hub
+from ldm import hub, image
 from ldm.convert import convert
 from ldm.image import to_tensor
-from ldm.train import dreambooth as steps
 from ldm.train.__main__ import main, parser, trained
 from ldm.train.batches import Batches
 from ldm.train.dreambooth import Run, dreambooth, embedding, finetune
@@ -498,9 +497,15 @@ def test_command_line(models, pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("during", ["save", "save_lora"])
-def test_ended_while_it_draws_or_writes(models, pictures, tmp_path, capsys, monkeypatch, number, during):
-    """Class pictures, or the result: one line, nothing half-written, and the same command goes on to the same end."""
+@pytest.mark.parametrize(
+    ("module", "place", "now", "drawn"),
+    [(image, "take", 3, 2), (Path, "rename", 1, 6)],
+    ids=["a picture", "the result"],
+)
+def test_ended_while_it_draws_or_writes(
+    models, pictures, tmp_path, capsys, monkeypatch, number, module, place, now, drawn
+):
+    """When all is written but not yet in its place: one line, no remains, and the same command goes on to its end."""
 
     def command(out):
         line = ["dreambooth", "--instance-images", str(pictures), "--instance-prompt", "a cat"]
@@ -511,21 +516,20 @@ def test_ended_while_it_draws_or_writes(models, pictures, tmp_path, capsys, monk
         return {file.name: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
 
     def ending(*arguments):
-        written.append(arguments)
-        if len(written) == {"save": 3, "save_lora": 1}[during]:
+        written.append(arguments[-1].suffix in (".png", ".safetensors") and arguments[-1].parent != run)
+        if sum(written) == now and written[-1]:
             signal.raise_signal(number)
-        return write(*arguments)
+        return put(*arguments)
 
-    handler, written = signal.getsignal(number), []
-    write = getattr(steps, during)
+    handler, written, run = signal.getsignal(number), [], tmp_path / "a.safetensors.run"  # where the states are
+    put = getattr(module, place)
     with monkeypatch.context() as patch:
-        patch.setattr(steps, during, ending)
+        patch.setattr(module, place, ending)
         with pytest.raises(SystemExit) as end:
             main(command(tmp_path / "a.safetensors"))
     assert end.value.code == 130 and signal.getsignal(number) is handler
     assert capsys.readouterr().err.endswith("stopped; what was computed is kept, the same command goes on\n")
     kept = files()
-    drawn = {"save": 2, "save_lora": 6}[during]
     assert sum(name.startswith("class-") and name.endswith(".png") for name in kept) == drawn
     assert "a.safetensors" not in kept and not [name for name in kept if "part" in name or "tmp" in name]
     main(command(tmp_path / "a.safetensors"))
