@@ -17,6 +17,8 @@ from torch import Tensor, nn
 LARGE = 2**22  # multiplications; below that, calling oneDNN costs more than it saves
 SCORES = 2**20  # of one head that stand in memory at a time: 4 MB, which stay in the cache
 FEW_PIXELS = 1 / 4  # of the channels out: a convolution then takes longer to rearrange its weights than to compute
+LARGE_PICTURE = 2**22  # numbers in a picture's activation: 16 MB, half of a usual cache
+STRIP = 2**20  # of them are at work at a time
 
 # Products by oneDNN, as torch.compile calls them, of (x, weight, bias, ...), and of (x, other, weight, bias, ...).
 # (Without oneDNN, as on ARM, PyTorch does not have them.)
@@ -27,33 +29,44 @@ GATED = getattr(PRODUCT, "binary", None)
 def fits(x: Tensor, weight: Tensor, multiplications: int) -> bool:
     """Whether oneDNN is to be called for so many multiplications a row. One of the two dtypes that it computes in, and
     not as another one."""
+    return multiplications >= LARGE and on_cpu(x, weight) and onednn_is_faster()
+
+
+def on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether the ways of this file are for these: see its head."""
     return (
-        multiplications >= LARGE
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.compiler.is_compiling()
-        and onednn_is_faster()
     )
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
     """Than the library that PyTorch takes for products of float32 matrices, which on some processors uses half of what
-    they can do: told by trying both once, for some hundredths of a second."""
-    if PRODUCT is None:
-        return False
-    x, weight = torch.ones(512, 1024), torch.ones(1024, 1024)
+    they can do."""
+    return PRODUCT is not None and faster(product, F.linear, torch.ones(512, 1024), torch.ones(1024, 1024))
+
+
+@functools.cache
+def transposed_is_faster() -> bool:
+    """Than a convolution of the doubled picture: it multiplies less, but some processors lack good code for it."""
+    return faster(transposed, doubled, torch.ones(1, 128, 32, 32), torch.ones(128, 128, 3, 3))
+
+
+def faster(function: Callable[..., Tensor], plain: Callable[..., Tensor], x: Tensor, weight: Tensor) -> bool:
+    """Clearly faster than the plain one: told by trying both, for some hundredths of a second."""
 
     def seconds(function: Callable[..., Tensor]) -> float:
         start = time.perf_counter()
         function(x, weight, None)
         return time.perf_counter() - start
 
-    rounds = [(seconds(F.linear), seconds(product)) for _ in range(6)][1:]  # the first one warms up
-    plain, onednn = (min(column) for column in zip(*rounds, strict=True))
-    return onednn < 0.8 * plain
+    rounds = [(seconds(plain), seconds(function)) for _ in range(6)][1:]  # the first one warms up
+    before, after = (min(column) for column in zip(*rounds, strict=True))
+    return after < 0.8 * before
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -79,6 +92,81 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(x)), in the memory of norm(x) unless gradients are wanted or somebody watches the norm."""
     y = norm(x)
     return F.silu(y, inplace=not y.requires_grad and not watched(norm))
+
+
+def norm_conv(
+    norm: nn.Module, conv: nn.Module, x: Tensor, skip: nn.Module | None = None, start: Tensor | None = None
+) -> Tensor:
+    """conv(silu(norm(x))), or skip(start) + that, of a GroupNorm and a 3x3 convolution; skip looks at single pixels.
+
+    x (B,C,h,w), start (B,D,h,w) -> (B,E,h,w). Large pictures are taken in strips of rows: what stands between the norm
+    and the end stays in the cache, and never is in memory as a whole.
+    """
+    modules = [norm, conv] if skip is None else [norm, conv, skip]
+    strips = (
+        x[0].numel() >= LARGE_PICTURE
+        and type(norm) is nn.GroupNorm
+        and type(conv) is nn.Conv2d
+        and on_cpu(x, conv.weight)
+        and not any(watched(module) for module in modules)
+    )
+    if not strips:
+        y = conv(norm_silu(norm, x))
+        return y if skip is None or start is None else skip(start) + y
+    assert isinstance(norm, nn.GroupNorm) and isinstance(conv, nn.Conv2d)
+    height, width = x.shape[2:]
+    rows = max(STRIP // (width * max(conv.in_channels, conv.out_channels)), 1)
+    shape = (len(x), conv.out_channels, height, width)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    for i, (factor, bias) in enumerate(zip(*affine(norm, x, rows), strict=True)):
+        for top in range(0, height, rows):
+            end = min(top + rows, height)
+            above, below = max(top - 1, 0), min(end + 1, height)  # a 3x3 convolution sees a row more on either side
+            h = torch.addcmul(bias, x[i : i + 1, :, above:below].float(), factor)
+            h = F.silu(h, inplace=True).to(x.dtype)
+            if end - top + 2 > below - above:  # at the picture's edges
+                h = F.pad(h, (0, 0, int(above == top), int(below == end)))  # (1,C,rows + 2,w)
+            h = F.conv2d(h, conv.weight, conv.bias, padding=(0, 1))
+            to = out[i : i + 1, :, top:end]
+            if skip is None or start is None:
+                to.copy_(h)
+            else:
+                torch.add(skip(start[i : i + 1, :, top:end]), h, out=to)
+    return out
+
+
+def affine(norm: nn.GroupNorm, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """norm(x) is bias + x * factor: (B,C,1,1) float32 each, from sums over strips of so many rows."""
+    count, each = x[0].numel() // norm.num_groups, norm.num_channels // norm.num_groups
+    sums = torch.zeros(2, len(x), norm.num_channels, dtype=torch.float64)
+    for strip in x.split(rows, dim=2):
+        values = strip.float().permute(0, 2, 3, 1).flatten(1, 2)  # (B,pixels,C)
+        sums += torch.stack([values.sum(1), values.square().sum(1)])
+    mean, square = sums.unflatten(2, (-1, each)).sum(3) / count  # (B,G) each
+    rstd = ((square - mean**2).clamp(min=0) + norm.eps) ** -0.5
+    factor = rstd.repeat_interleave(each, 1) * norm.weight  # (B,C)
+    bias = norm.bias - mean.repeat_interleave(each, 1) * factor
+    return factor.float()[:, :, None, None], bias.float()[:, :, None, None]
+
+
+def transposes(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `transposed` is to be called for conv of x with each pixel doubled in both directions."""
+    large = x[0].numel() >= LARGE_PICTURE // 2
+    plain = type(conv) is nn.Conv2d and not watched(conv)  # none that wraps around
+    return large and plain and on_cpu(x, conv.weight) and transposed_is_faster()
+
+
+def doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv of x (B,C,h,w) with each pixel doubled in both directions, a 3x3 convolution -> (B,D,2h,2w)."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+def transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with 4/9 of the multiplications: of three neighbours in the doubled picture two are the same pixel, so
+    that their weights are added first. Each pixel then goes to 4x4 of the result: a transposed convolution."""
+    ends = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    taps = F.linear(weight.flatten(2), torch.kron(ends, ends)).unflatten(2, (4, 4))  # (D,C,4,4)
+    return F.conv_transpose2d(x, taps.transpose(0, 1), bias, stride=2, padding=1)
 
 
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:

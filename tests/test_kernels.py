@@ -1,5 +1,7 @@
 """The fast way against the plain one, where it is taken and where it must not be."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,10 @@ from torch import nn
 
 from ldm import kernels
 from ldm.attention import attention
+from ldm.seamless import seamless
 from ldm.unet.transformer import GEGLU
+from ldm.vae import VAE, VAEConfig
+from ldm.vae.blocks import Upsample
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -165,3 +170,107 @@ def test_gradients_of_norm_and_silu():
         (ours,) = torch.autograd.grad(kernels.norm_silu(norm, x).sum(), x)
         (plain,) = torch.autograd.grad(F.silu(norm(x)).sum(), x)
     assert torch.equal(ours, plain)
+
+
+@pytest.fixture
+def tiny_strips(monkeypatch):
+    """Pictures are large from 1,000 numbers on, and a strip has some rows."""
+    monkeypatch.setattr(kernels, "LARGE_PICTURE", 1000)
+    monkeypatch.setattr(kernels, "STRIP", 5 * 48 * 13)
+    monkeypatch.setattr(kernels, "transposed_is_faster", lambda: True)
+
+
+def in_float32(*modules):
+    return [copy.deepcopy(module).float() for module in modules]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inp", "out"), [(48, 32), (32, 48), (32, 32)])
+@pytest.mark.parametrize("height", [1, 5, 12])
+def test_norm_conv(dtype, inp, out, height, tiny_strips):
+    """One strip and several, the last of them whole or of a row or two; with all kinds of what is added."""
+    norm = randomise(nn.GroupNorm(8, inp, eps=1e-6)).to(dtype)
+    conv = randomise(nn.Conv2d(inp, out, 3, padding=1)).to(dtype)
+    skip = (nn.Identity() if inp == out else randomise(nn.Conv2d(inp, out, 1))).to(dtype)
+    x = (3 + 2 * torch.randn(2, inp, height, 13 * 3)).to(dtype)
+    x[:, :, : height // 2] *= 4  # strips whose moments are not alike
+    norm32, conv32, skip32 = in_float32(norm, conv, skip)
+    plain = conv32(F.silu(norm32(x.float())))
+    assert_close(kernels.norm_conv(norm, conv, x), plain, dtype)
+    assert_close(kernels.norm_conv(norm, conv, x, skip, x), plain + skip32(x.float()), dtype)
+
+
+def test_strips_do_not_depend_on_the_batch(tiny_strips):
+    norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
+    x = torch.randn(3, 32, 12, 39)
+    whole, one = (kernels.norm_conv(norm, conv, part, nn.Identity(), part) for part in (x, x[1:2]))
+    assert torch.equal(whole[1:2], one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 39), (12, 7)])
+def test_upsampling(dtype, size, tiny_strips, monkeypatch):
+    up = randomise(Upsample(32)).to(dtype)
+    x = torch.randn(2, 32, *size).to(dtype)
+    fast = up(x)
+    (conv32,) = in_float32(up.conv)
+    assert_close(fast, conv32(F.interpolate(x.float(), scale_factor=2.0)), dtype)
+    assert torch.equal(fast, kernels.transposed(x, up.conv.weight, up.conv.bias))
+    monkeypatch.setattr(kernels, "transposed_is_faster", lambda: False)
+    assert torch.equal(up(x), up.conv(F.interpolate(x, scale_factor=2.0)))
+
+
+def small_picture(norm, conv, x):
+    return norm, conv, x[:, :, :2, :15]
+
+
+def hook_of_norm(norm, conv, x):
+    norm.register_forward_hook(lambda module, inputs, y: None)
+    return norm, conv, x
+
+
+def hook_of_conv(norm, conv, x):
+    conv.register_forward_hook(lambda module, inputs, y: None)
+    return norm, conv, x
+
+
+def other_norm(norm, conv, x):
+    return nn.Sequential(norm), conv, x
+
+
+def other_conv(norm, conv, x):
+    return norm, seamless(nn.Sequential(conv), "x")[0], x
+
+
+def double(norm, conv, x):
+    return norm.double(), conv.double(), x.double()
+
+
+@pytest.mark.parametrize("case", [small_picture, hook_of_norm, hook_of_conv, other_norm, other_conv, double])
+def test_no_strips(case, tiny_strips):
+    """Bit for bit the plain way where strips must not be."""
+    norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
+    norm, conv, x = case(norm, conv, torch.randn(2, 32, 12, 39))
+    assert torch.equal(kernels.norm_conv(norm, conv, x, nn.Identity(), x), x + conv(F.silu(norm(x))))
+    assert torch.equal(kernels.norm_conv(norm, conv, x), conv(F.silu(norm(x))))
+
+
+def test_gradients_of_norm_and_conv(tiny_strips):
+    norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
+    x, up = torch.randn(1, 32, 12, 39, requires_grad=True), randomise(Upsample(32))
+    with torch.enable_grad():
+        (ours,) = torch.autograd.grad(up(kernels.norm_conv(norm, conv, x)).sum(), x)
+        y = F.interpolate(conv(F.silu(norm(x))), scale_factor=2.0)
+        (plain,) = torch.autograd.grad(up.conv(y).sum(), x)
+    assert torch.equal(ours, plain)
+
+
+def test_a_vae_in_strips_of_its_activations(tiny_strips, calls):
+    """The whole net, where each resnet and upsampling takes the fast way."""
+    net = randomise(VAE(VAEConfig(channels=(32, 64), layers=1)))
+    z, image = torch.randn(2, 4, 16, 24), torch.randn(2, 3, 32, 48)
+    fast = net.decode(z), net.encode(image).mean
+    kernels.LARGE_PICTURE = 2**60  # put back by the fixture
+    for ours, plain in zip(fast, (net.decode(z), net.encode(image).mean), strict=True):
+        assert not torch.equal(ours, plain)
+        assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()

@@ -279,13 +279,18 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "no residual": (
         ("unet", None),
-        (blocks, {"return self.conv_shortcut(x) + h": "return h"}),
+        (blocks, {"return norm_conv(self.norm2, self.conv2, h, self.conv_shortcut, x)": "return h"}),
         "down_blocks.0.resnets.0",
         "conv_in is added",
     ),
     "a result halved": (
         ("vae", "decode"),
-        (vae_blocks, {"return self.conv_shortcut(x) + h": "return (self.conv_shortcut(x) + h) / 2"}),
+        (
+            vae_blocks,
+            {
+                "return self.conv_shortcut(x) + h": "return norm_conv(self.norm2, self.conv2, h, self.conv_shortcut, x) / 2"
+            },
+        ),
         "decoder.mid_block.resnets.0",
         "2 times as much",
     ),

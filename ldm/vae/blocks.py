@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.attention import attention
-from ldm.kernels import Linear, norm_silu
+from ldm.kernels import Linear, norm_conv, transposed, transposes
 
 
 class ResnetBlock(nn.Module):
@@ -18,9 +18,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))  # (B,out,h,w)
-        h = self.conv2(norm_silu(self.norm2, h))
-        return self.conv_shortcut(x) + h
+        h = norm_conv(self.norm1, self.conv1, x)  # (B,out,h,w)
+        return norm_conv(self.norm2, self.conv2, h, self.conv_shortcut, x)
 
 
 class AttentionBlock(nn.Module):
@@ -67,7 +66,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B,C,2h,2w)
+        if transposes(self.conv, x):
+            return transposed(x, self.conv.weight, self.conv.bias)  # (B,C,2h,2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels import channels_last, norm_silu
+from ldm.kernels import channels_last, norm_conv
 from ldm.vae import strips
 from ldm.vae.blocks import DownBlock, MidBlock, UpBlock
 from ldm.vae.config import VAEConfig
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)
-        return self.conv_out(norm_silu(self.conv_norm_out, h))
+        return norm_conv(self.conv_norm_out, self.conv_out, h)
 
 
 class Decoder(nn.Module):
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         h = self.mid_block(self.conv_in(channels_last(z)))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(norm_silu(self.conv_norm_out, h))
+        return norm_conv(self.conv_norm_out, self.conv_out, h)
 
 
 class VAE(nn.Module):
