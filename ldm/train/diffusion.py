@@ -67,10 +67,10 @@ def save_whole(path: Path, content: dict) -> None:
 class Nets(nn.Module):
     """What is trained together."""
 
-    def __init__(self):
+    def __init__(self, unet: UNetConfig = UNET, text: TextConfig = TEXT):
         super().__init__()
-        self.unet = UNet(UNET)
-        self.text_encoder = TextEncoder(TEXT)
+        self.unet = UNet(unet)
+        self.text_encoder = TextEncoder(text)
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         """The mean of each picture's squared error of v, times its weight (B,)."""
@@ -95,8 +95,8 @@ def initialise(nets: Nets) -> None:
     with torch.no_grad():
         for module in text.modules():
             if isinstance(module, Layer):
-                module.self_attn.out_proj.weight /= (2 * TEXT.layers) ** 0.5
-                module.mlp.fc2.weight /= (2 * TEXT.layers) ** 0.5
+                module.self_attn.out_proj.weight /= (2 * len(text.encoder.layers)) ** 0.5
+                module.mlp.fc2.weight /= (2 * len(text.encoder.layers)) ** 0.5
 
 
 WORDS_FIRST = 2500  # steps
@@ -132,6 +132,24 @@ def vocabulary(folder: Path) -> Tokenizer:
     return Tokenizer.from_files(words / "vocab.json", words / "merges.txt", length=captions.LENGTH)
 
 
+def draw_batch(
+    meta: list[dict], latents: dict, batch: int, seed: int, step: int
+) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Step `step`'s scaled latents z (B,4,16,16), their texts, the noise and the timesteps."""
+    generator = step_generator(seed, step)
+    rows = batch_indices(len(meta), batch, seed, step)
+    coloured = torch.rand(batch, generator=generator) < 0.12
+    texts = []
+    for row, ground in zip(rows.tolist(), coloured.tolist(), strict=True):
+        text = captions.draw_caption(meta[row], generator)
+        texts.append(captions.on_background(text, latents["colours"][row] if ground else "white"))
+    rows = rows + len(meta) * coloured
+    mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
+    z = latents["scaling_factor"] * (mean + std * torch.randn(mean.shape, generator=generator))  # (B,4,16,16)
+    noise = torch.randn(z.shape, generator=generator)
+    return z, texts, noise, draw_t(batch, step, generator)
+
+
 def train_diffusion(
     file: Path, vae: VAE, folder: Path, *, steps: int = 16_000, batch: int = 64, lr: float = 2e-3, seed: int = 0
 ) -> Nets:
@@ -157,18 +175,7 @@ def train_diffusion(
         train_text(nets.text_encoder, tokenizer, meta, white, folder / "text")
 
     def batch_of(step: int) -> tuple[Tensor, ...]:
-        generator = step_generator(seed, step)
-        rows = batch_indices(len(meta), batch, seed, step)
-        coloured = torch.rand(batch, generator=generator) < 0.12
-        texts = []
-        for row, ground in zip(rows.tolist(), coloured.tolist(), strict=True):
-            text = captions.draw_caption(meta[row], generator)
-            texts.append(captions.on_background(text, latents["colours"][row] if ground else "white"))
-        rows = rows + len(meta) * coloured
-        mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
-        z = latents["scaling_factor"] * (mean + std * torch.randn(mean.shape, generator=generator))  # (B,4,16,16)
-        noise = torch.randn(z.shape, generator=generator)
-        t = draw_t(batch, step, generator)
+        z, texts, noise, t = draw_batch(meta, latents, batch, seed, step)
         a = alphas[t][:, None, None, None]
         x, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
         return x, t, tokenizer(texts), v, loss_weight(alphas[t], 5.0 if step < DETAILS_FROM else 20.0)
