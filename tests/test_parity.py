@@ -279,18 +279,13 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "no residual": (
         ("unet", None),
-        (blocks, {"return norm_conv(self.norm2, self.conv2, h, self.conv_shortcut, x)": "return h"}),
+        (blocks, {"return self.conv_shortcut(x) + h": "return h"}),
         "down_blocks.0.resnets.0",
         "conv_in is added",
     ),
     "a result halved": (
         ("vae", "decode"),
-        (
-            vae_blocks,
-            {
-                "return self.conv_shortcut(x) + h": "return norm_conv(self.norm2, self.conv2, h, self.conv_shortcut, x) / 2"
-            },
-        ),
+        (vae_blocks, {"h, self.conv_shortcut, x)": "h, self.conv_shortcut, x) / 2"}),
         "decoder.mid_block.resnets.0",
         "2 times as much",
     ),
