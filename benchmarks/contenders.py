@@ -70,24 +70,25 @@ class DiffusersChannelsLast(Diffusers):
     memory_format = torch.channels_last
 
 
-def freeze(net: torch.nn.Module) -> None:
-    """torch.compile, with the weights as constants: laid out anew for the kernels, the old ones dropped."""
+def freeze() -> None:
+    """Let torch.compile take the weights as constants: laid out anew for the kernels, the old ones dropped."""
     import torch._inductor.config as inductor
 
     inductor.freezing = inductor.freezing_discard_parameters = True
-    net.compile()
 
 
 class OursCompiled(Ours):
     def __init__(self, folder: Path, dtype: torch.dtype, part: str):
         super().__init__(folder, dtype, part)
-        freeze(self.pipe.unet)
+        freeze()
+        self.pipe.compile()
 
 
 class DiffusersCompiled(Diffusers):
     def __init__(self, folder: Path, dtype: torch.dtype, part: str):
         super().__init__(folder, dtype, part)
-        freeze(self.net)
+        freeze()
+        self.net.compile()
 
 
 class OpenVINO:

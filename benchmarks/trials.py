@@ -12,6 +12,7 @@ stays in --runs and is not done again.
 import argparse
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +36,9 @@ TRIALS: dict[str, dict[str, Any]] = {
     "as trained: v, min-SNR 5": {},
     "epsilon": {"predict": "epsilon"},
     "v, zero terminal SNR": {"zero_snr": True},
-    "without min-SNR": {"gamma": 1e9},
     "text encoder of 2 layers": {"text": replace(diffusion.TEXT, layers=2)},
-    "UNet of 128/160/224 channels": {"unet": replace(diffusion.UNET, channels=(128, 160, 224))},
+    "UNet of 64/96/160 channels": {"unet": replace(diffusion.UNET, channels=(64, 96, 160))},
+    "without min-SNR": {"gamma": 1e9},
 }
 
 
@@ -117,8 +118,8 @@ def main() -> None:
         rows[kind] = z, tokenizer([captions.caption(everything[i]) for i in own])
     print(f"| {args.steps} steps | weights | parameters | " + " | ".join(f"{k}, {t}" for k in rows for t in AT) + " |")
     print("|---|---|---|" + "---|" * len(rows) * len(AT), flush=True)
-    for i, (name, how) in enumerate(TRIALS.items()):
-        file = args.runs / f"{i}-{args.steps}.json"
+    for name, how in TRIALS.items():
+        file = args.runs / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{args.steps}.json"
         if not file.exists():
             with sdpa_kernel(SDPBackend.MATH):
                 lesson = args.runs / ("lesson-2" if "text" in how else "lesson-4")

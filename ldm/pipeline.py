@@ -339,6 +339,14 @@ class Pipeline:
         check_names(settings)
         return levels.plan(Settings(**settings), self.schedule)
 
+    def compile(self) -> None:
+        """Let `torch.compile` translate the UNet, in minutes, at its first call and for each new shape.
+
+        Results differ by rounding. On a CPU it needs a C++ compiler, and the nets are about as fast without (README). It
+        is meant for GPUs, where it was not run.
+        """
+        self.unet.compile()
+
     @staticmethod
     def fast(name: str) -> dict[str, Any]:
         """Settings that trade exactness for time, to be given to a call: `pipe(prompt, **pipe.fast("balanced"))`.

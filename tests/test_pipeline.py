@@ -562,3 +562,20 @@ def test_the_timesteps_are_read_off_sigma_or_its_logarithm(pipe, sigmas, log):
     hook.remove()
     expected = pipe.schedule.t(pipe.schedule.sigmas(6, sigmas)[:-1], log)
     assert seen == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+
+
+def test_compiled(monkeypatch):
+    """Traced as a whole, without the compiler that follows: the same pictures up to rounding."""
+    pipe = ldm.Pipeline.from_pretrained(device="cpu")
+    plain = pipe(HEART, steps=2, seed=0).latents
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    pipe.compile()
+    compiled = pipe(HEART, steps=2, seed=0).latents
+    assert len(graphs) == 1
+    assert (compiled - plain).abs().max() <= 1e-4 * plain.abs().max()
