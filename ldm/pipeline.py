@@ -342,8 +342,8 @@ class Pipeline:
     def compile(self) -> None:
         """Let `torch.compile` translate the UNet, in minutes, at its first call and for each new shape.
 
-        Results differ by rounding. On a CPU it needs a C++ compiler, and the nets are about as fast without (README). It
-        is meant for GPUs, where it was not run.
+        Results differ by rounding. On a CPU it needs a C++ compiler, and the nets are about as fast without (README).
+        It is meant for GPUs, where it was not run.
         """
         self.unet.compile()
 
