@@ -342,8 +342,8 @@ class Pipeline:
     def compile(self) -> None:
         """Let `torch.compile` translate the UNet, in minutes, at its first call and for each new shape.
 
-        Results differ by rounding. On a CPU it needs a C++ compiler, and the nets are about as fast without (README).
-        It is meant for GPUs, where it was not run.
+        Results differ by rounding. Not for `tiling` and `token_merging`, which run copies of it. On CPUs it needs a C++
+        compiler and was not faster than the net as it is (README); it is meant for GPUs, where it was not run.
         """
         self.unet.compile()
 

@@ -16,14 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ldm import kernels
 
 # How many of the first arguments have the batch's rows. The rest of the nets goes row by row, whatever the batch.
-MIXING = {
-    torch.conv2d: 1,
-    torch.conv_transpose2d: 1,
-    F.linear: 1,
-    F.group_norm: 1,
-    kernels.PRODUCT: 1,
-    kernels.GATED: 2,
-}
+MIXING = {torch.conv2d: 1, torch.conv_transpose2d: 1, F.linear: 1, F.group_norm: 1, kernels.PRODUCT: 1}
 
 
 class Alone(TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import nn
 from ldm import kernels
 from ldm.attention import attention
 from ldm.seamless import seamless
-from ldm.unet.transformer import GEGLU
+from ldm.unet.transformer import GEGLU, FeedForward
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.blocks import Upsample
 
@@ -31,7 +31,6 @@ def calls(monkeypatch):
         return call
 
     monkeypatch.setattr(kernels, "PRODUCT", counting(kernels.PRODUCT))
-    monkeypatch.setattr(kernels, "GATED", counting(kernels.GATED))
     monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
     with torch.no_grad():
         yield counts
@@ -246,7 +245,38 @@ def double(norm, conv, x):
     return norm.double(), conv.double(), x.double()
 
 
-@pytest.mark.parametrize("case", [small_picture, hook_of_norm, hook_of_conv, other_norm, other_conv, double])
+def circular(norm, conv, x):
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    return norm, conv, x
+
+
+def other_padding(norm, conv, x):
+    return norm, randomise(nn.Conv2d(32, 32, 3, padding=2, dilation=2)), x
+
+
+def patched_conv(norm, conv, x):
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(x, 2 * weight, bias, padding=1)
+    return norm, conv, x
+
+
+def patched_norm(norm, conv, x):
+    norm.forward = lambda x: x + 1
+    return norm, conv, x
+
+
+def norm_without_weights(norm, conv, x):
+    return nn.GroupNorm(8, 32, affine=False), conv, x
+
+
+def empty_batch(norm, conv, x):
+    return norm, conv, x[:0]
+
+
+CASES = [small_picture, hook_of_norm, hook_of_conv, other_norm, other_conv, double, circular, other_padding]
+CASES += [patched_conv, patched_norm, norm_without_weights, empty_batch]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_no_strips(case, tiny_strips):
     """Bit for bit the plain way where strips must not be."""
     norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
@@ -255,14 +285,92 @@ def test_no_strips(case, tiny_strips):
     assert torch.equal(kernels.norm_conv(norm, conv, x), conv(F.silu(norm(x))))
 
 
-def test_gradients_of_norm_and_conv(tiny_strips):
-    norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
-    x, up = torch.randn(1, 32, 12, 39, requires_grad=True), randomise(Upsample(32))
+@pytest.mark.parametrize("wanted", ["x", "start", "norm.weight", "norm.bias", "conv.weight", "conv.bias", "skip.bias"])
+def test_gradients_of_norm_and_conv(wanted, tiny_strips):
+    """Of any one of them alone: those of the plain way."""
+    net = nn.ModuleDict(
+        {"norm": nn.GroupNorm(8, 32), "conv": nn.Conv2d(32, 32, 3, padding=1), "skip": nn.Conv2d(32, 32, 1)}
+    )
+    randomise(net).requires_grad_(False)
+    values = {"x": torch.randn(1, 32, 12, 39), "start": torch.randn(1, 32, 12, 39), **dict(net.named_parameters())}
+    of, up = values[wanted].requires_grad_(True), randomise(Upsample(32)).requires_grad_(False)
+    x, start = values["x"], values["start"]
     with torch.enable_grad():
-        (ours,) = torch.autograd.grad(up(kernels.norm_conv(norm, conv, x)).sum(), x)
-        y = F.interpolate(conv(F.silu(norm(x))), scale_factor=2.0)
-        (plain,) = torch.autograd.grad(up.conv(y).sum(), x)
-    assert torch.equal(ours, plain)
+        y = kernels.norm_conv(net["norm"], net["conv"], x, net["skip"], start)
+        (ours,) = torch.autograd.grad(up(y).sum(), of)
+        y = net["skip"](start) + net["conv"](F.silu(net["norm"](x)))
+        (plain,) = torch.autograd.grad(up.conv(F.interpolate(y, scale_factor=2.0)).sum(), of)
+    assert ours.any() and torch.equal(ours, plain)
+
+
+def test_gradient_of_a_bias_alone():
+    for layer, x in (
+        (kernels.Linear(256, 640), torch.randn(1, 300, 256)),
+        (kernels.Conv2d(128, 1024), torch.randn(1, 128, 8, 8)),
+    ):
+        layer.weight.requires_grad_(False)
+        with torch.enable_grad():
+            layer(x).sum().backward()
+        assert layer.bias.grad.any()
+
+
+def test_gradient_of_the_values_alone():
+    q, v = torch.randn(1, 1024, 80), torch.randn(1, 1024, 80, requires_grad=True)
+    with torch.enable_grad():
+        attention(q, q, v, 2).sum().backward()
+    assert v.grad.any()
+
+
+def test_tangents():
+    """Forward-mode derivatives, which oneDNN's products do not know of."""
+    layer, x, direction = kernels.Linear(256, 640), torch.randn(1, 300, 256), torch.randn(1, 300, 256)
+    _, tangent = torch.func.jvp(layer, (x,), (direction,))
+    assert torch.allclose(tangent, direction @ layer.weight.T, atol=1e-5)
+
+
+def test_autocast(calls):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.Linear(256, 640)(torch.randn(1, 300, 256)).dtype == torch.bfloat16
+
+
+def test_hooks_of_all_modules_are_called(tiny_strips):
+    norm, conv, seen = nn.GroupNorm(8, 32), nn.Conv2d(32, 32, 3, padding=1), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, y: seen.append(module))
+    kernels.norm_conv(norm, conv, torch.randn(1, 32, 12, 39))
+    handle.remove()
+    assert seen == [norm, conv]
+
+
+def test_strips_under_another_default_device(tiny_strips):
+    norm, conv, x = nn.GroupNorm(8, 32), nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 12, 39)
+    expected = kernels.norm_conv(norm, conv, x)
+    with torch.device("meta"):
+        assert torch.equal(kernels.norm_conv(norm, conv, x), expected)
+
+
+@pytest.mark.parametrize("mean", [0, 10, 100])
+def test_a_norm_far_from_zero(mean, tiny_strips):
+    """As exact as PyTorch's where that sums in order, in which rounding of x itself is the most."""
+    x, norm = mean + torch.randn(2, 32, 60, 39), randomise(nn.GroupNorm(8, 32))
+    factor, bias = kernels.affine(norm, x, rows=7)
+    exact = copy.deepcopy(norm).double()(x.double())
+    off, plain = (float((y - exact).abs().max()) for y in (bias.double() + x.double() * factor, norm(x)))
+    assert off <= 2 * plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_rows(dtype, calls):
+    """Blocks of 1,024 rows of each picture, and what is left; none for a net that somebody watches."""
+    net = randomise(FeedForward(64)).to(dtype)
+    x = torch.randn(2, 2100, 64).to(dtype)
+    (net32,) = in_float32(net)
+    a, b = net32.net[0].proj(x.float()).chunk(2, dim=-1)
+    seen = []
+    assert_close(net(x), net32.net[2](a * F.gelu(b)), dtype)
+    assert torch.equal(net(x)[1:], net(x[1:]))
+    net.net[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    net(x)
+    assert seen == [(2, 2100, 256)]
 
 
 def test_a_vae_in_strips_of_its_activations(tiny_strips, calls):
