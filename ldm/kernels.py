@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_forward_hooks
 
 # Limits are of one row of a batch, so that a picture is computed in the same way whatever the batch.
 LARGE = 2**22  # multiplications; below that, calling oneDNN costs more than it saves
@@ -226,7 +226,7 @@ def by_rows(net: nn.Module, x: Tensor) -> Tensor:
 
 def watched(module: nn.Module) -> bool:
     """Whether it must be called as a module, and its output left as it is: hooks read it, or add to it as LoRA does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+    return bool(module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
