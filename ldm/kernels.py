@@ -186,8 +186,9 @@ def affine(norm: nn.GroupNorm, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 def transposes(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether `transposed` is to be called for conv of x with each pixel doubled in both directions."""
-    own = plain_3x3(conv) and not watched(conv) and on_cpu(x, conv.weight, conv.bias)
-    return numbers(x) >= LARGE_PICTURE // 2 and own and transposed_is_faster()
+    if numbers(x) < LARGE_PICTURE // 2 or not plain_3x3(conv) or watched(conv):
+        return False
+    return on_cpu(x, conv.weight, conv.bias) and transposed_is_faster()
 
 
 def doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
