@@ -10,7 +10,6 @@ stays in --runs and is not done again.
 """
 
 import argparse
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -48,12 +47,13 @@ def x0_of(out: Tensor, x: Tensor, a: Tensor, predict: str) -> Tensor:
 
 @torch.no_grad()
 def errors(nets: diffusion.Nets, rows: tuple[Tensor, Tensor], alphas: Tensor, predict: str) -> list[float]:
-    """Of x0 at each of AT, from the same noise."""
+    """Of x0 from the same noise, at as much of it as the plain schedule has at each of AT."""
     z, ids = rows
     found = []
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
     context = nets.text_encoder(ids).context
-    for t in AT:
+    for at in AT:
+        t = int((alphas - Schedule().alphas_cumprod[at]).abs().argmin())
         a = alphas[t]
         x = a.sqrt() * z + (1 - a).sqrt() * noise
         parts = zip(x.split(BATCH), context.split(BATCH), strict=True)
@@ -63,7 +63,7 @@ def errors(nets: diffusion.Nets, rows: tuple[Tensor, Tensor], alphas: Tensor, pr
 
 
 def trial(
-    how: Mapping[str, Any], lesson: Path, steps: int, training: tuple, held_out: Mapping[str, tuple[Tensor, Tensor]]
+    how: Mapping[str, Any], lesson: Path, steps: int, training: tuple, kinds: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, list[float]]:
     meta, latents, tokenizer = training
     predict, gamma = how.get("predict", "v"), how.get("gamma", 5.0)
@@ -88,10 +88,9 @@ def trial(
     found = {}
     for weights in ("raw", "averaged"):
         if weights == "averaged":
-            nets = copy.deepcopy(nets)
             for name, parameter in nets.named_parameters():
                 parameter.data.copy_(run.ema[name])
-        found |= {f"{kind}, {weights}": errors(nets, rows, alphas, predict) for kind, rows in held_out.items()}
+        found |= {f"{kind}, {weights}": errors(nets, rows, alphas, predict) for kind, rows in kinds.items()}
     return found | {"parameters": [sum(p.numel() for p in nets.parameters())]}
 
 

@@ -178,10 +178,17 @@ def affine(norm: nn.GroupNorm, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     near, pixels = near.double(), numbers(x) // norm.num_channels
     of_channels = torch.stack([sums[0] + pixels * near, sums[1] + 2 * near * sums[0] + pixels * near**2])
     mean, square = of_channels.unflatten(2, (-1, each)).sum(3) / count  # (B,G) each
-    rstd = ((square - mean**2).clamp(min=0) + norm.eps) ** -0.5
-    factor = rstd.repeat_interleave(each, 1) * norm.weight  # (B,C)
-    bias = norm.bias - mean.repeat_interleave(each, 1) * factor
-    return factor.float()[:, :, None, None], bias.float()[:, :, None, None]
+    return factor_and_bias(norm, mean, (square - mean**2).clamp(min=0))
+
+
+def factor_and_bias(norm: nn.GroupNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from mean and variance (B,G), float64 on the CPU."""
+    weight, shift = norm.weight.cpu().double(), norm.bias.cpu().double()
+    mean, rstd = (v.repeat_interleave(len(weight) // norm.num_groups, 1) for v in (mean, (var + norm.eps) ** -0.5))
+    factor = rstd * weight  # (B,C)
+    bias = shift - mean * factor
+    factor, bias = (v[:, :, None, None].to(norm.weight.device, torch.float32) for v in (factor, bias))
+    return factor, bias
 
 
 def transposes(conv: nn.Conv2d, x: Tensor) -> bool:

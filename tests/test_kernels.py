@@ -328,7 +328,7 @@ def test_tangents():
     assert torch.allclose(tangent, direction @ layer.weight.T, atol=1e-5)
 
 
-def test_autocast(calls):
+def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.Linear(256, 640)(torch.randn(1, 300, 256)).dtype == torch.bfloat16
 
@@ -373,7 +373,7 @@ def test_by_rows(dtype, calls):
     assert seen == [(2, 2100, 256)]
 
 
-def test_a_vae_in_strips_of_its_activations(tiny_strips, calls):
+def test_a_vae_in_strips_of_its_activations(tiny_strips):
     """The whole net, where each resnet and upsampling takes the fast way."""
     net = randomise(VAE(VAEConfig(channels=(32, 64), layers=1)))
     z, image = torch.randn(2, 4, 16, 24), torch.randn(2, 3, 32, 48)

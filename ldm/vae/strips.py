@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ldm.kernels import factor_and_bias
 from ldm.vae.blocks import DownBlock, UpBlock
 
 if TYPE_CHECKING:
@@ -73,13 +74,7 @@ class WholeNorm(nn.Module):
         mean, var = (torch.stack(values) for values in list(zip(*self.moments, strict=True))[1:])  # (strips,B,G)
         share = rows / rows.sum()
         whole = (share * mean).sum(0)
-        rstd = ((share * (var + (mean - whole) ** 2)).sum(0) + self.norm.eps) ** -0.5  # (B,G)
-        weight, bias = (p.cpu().double() for p in (self.norm.weight, self.norm.bias))
-        each = len(weight) // self.norm.num_groups
-        factor = rstd.repeat_interleave(each, 1) * weight  # (B,C)
-        bias = bias - whole.repeat_interleave(each, 1) * factor
-        factor, bias = (v[:, :, None, None].to(self.norm.weight.device, torch.float32) for v in (factor, bias))
-        self.affine = factor, bias
+        self.affine = factor_and_bias(self.norm, whole, (share * (var + (mean - whole) ** 2)).sum(0))
 
 
 def with_whole_norms(module: nn.Module) -> tuple[nn.Module, list[WholeNorm]]:
