@@ -1,6 +1,6 @@
 """What the default model's diffusion gains by its parametrisation, weights' averages and sizes: short trainings.
 
-    python -m benchmarks.trials          about an hour, after `python -m ldm.train emoji` or at least its stage `data`
+    python -m benchmarks.trials            an hour, after `python -m ldm.train emoji` or at least its stage `data`
 
 Each is the training of `ldm.train.diffusion` with one thing changed, for so many steps at the full rate, from the same
 seed, on the same pictures, captions, timesteps and noise; the text encoder has had the same short lesson. Printed is
@@ -31,6 +31,12 @@ from ldm.train.text import train_text
 BATCH, LR, COUNT = 64, 2e-3, 256
 AT = (999, 700, 400, 100)
 
+
+def plain_caption(meta: dict, generator: torch.Generator) -> str:
+    """One form alone, "{label}, {style} style"; "" for one in ten, as in the mix."""
+    return "" if int(torch.randint(10, (), generator=generator)) == 0 else captions.caption(meta)
+
+
 TRIALS: dict[str, dict[str, Any]] = {
     "as trained: v, min-SNR 5": {},
     "epsilon": {"predict": "epsilon"},
@@ -38,6 +44,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "text encoder of 2 layers": {"text": replace(diffusion.TEXT, layers=2)},
     "UNet of 64/96/160 channels": {"unet": replace(diffusion.UNET, channels=(64, 96, 160))},
     "without min-SNR": {"gamma": 1e9},
+    "captions of one form": {"draw_caption": plain_caption},
 }
 
 
@@ -67,6 +74,7 @@ def trial(
 ) -> dict[str, list[float]]:
     meta, latents, tokenizer = training
     predict, gamma = how.get("predict", "v"), how.get("gamma", 5.0)
+    draw_caption = how.get("draw_caption", captions.draw_caption)
     alphas = Schedule().alphas_cumprod.float()
     if how.get("zero_snr"):
         alphas = zero_terminal_snr(alphas)
@@ -78,7 +86,7 @@ def trial(
     run = Run(nets, muon_and_adamw(nets, LR), lesson, 0.999)
     gradients = Gradients(nets, run.parameters, 1, 0)
     for step in range(steps):
-        z, texts, noise, t = diffusion.draw_batch(meta, latents, BATCH, 0, step)
+        z, texts, noise, t = diffusion.draw_batch(meta, latents, BATCH, 0, step, draw_caption)
         a = alphas[t][:, None, None, None]
         x = a.sqrt() * z + (1 - a).sqrt() * noise
         target = noise if predict == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
