@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -85,13 +86,14 @@ def trial(
     train_text(nets.text_encoder, tokenizer, meta, white, lesson, steps=300)
     run = Run(nets, muon_and_adamw(nets, LR), lesson, 0.999)
     gradients = Gradients(nets, run.parameters, 1, 0)
-    for step in range(steps):
-        z, texts, noise, t = diffusion.draw_batch(meta, latents, BATCH, 0, step, draw_caption)
-        a = alphas[t][:, None, None, None]
-        x = a.sqrt() * z + (1 - a).sqrt() * noise
-        target = noise if predict == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
-        weight = torch.ones(BATCH) if predict == "epsilon" else diffusion.loss_weight(alphas[t], gamma)
-        run.take_step((x, t, tokenizer(texts), target, weight), gradients, learning_rate(step, 10**9, 200))
+    with patch.object(captions, "draw_caption", draw_caption):
+        for step in range(steps):
+            z, texts, noise, t = diffusion.draw_batch(meta, latents, BATCH, 0, step)
+            a = alphas[t][:, None, None, None]
+            x = a.sqrt() * z + (1 - a).sqrt() * noise
+            target = noise if predict == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
+            weight = torch.ones(BATCH) if predict == "epsilon" else diffusion.loss_weight(alphas[t], gamma)
+            run.take_step((x, t, tokenizer(texts), target, weight), gradients, learning_rate(step, 10**9, 200))
     gradients.close()
     found = {}
     for weights in ("raw", "averaged"):

@@ -3,7 +3,6 @@
 `python -m ldm.train diffusion`, after `data` and `vae`; it first gives the text encoder its lesson (ldm/train/text.py).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -134,12 +133,7 @@ def vocabulary(folder: Path) -> Tokenizer:
 
 
 def draw_batch(
-    meta: list[dict],
-    latents: dict,
-    batch: int,
-    seed: int,
-    step: int,
-    draw_caption: Callable[[dict, torch.Generator], str] = captions.draw_caption,
+    meta: list[dict], latents: dict, batch: int, seed: int, step: int
 ) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """Step `step`'s scaled latents z (B,4,16,16), their texts, the noise and the timesteps."""
     generator = step_generator(seed, step)
@@ -147,7 +141,7 @@ def draw_batch(
     coloured = torch.rand(batch, generator=generator) < 0.12
     texts = []
     for row, ground in zip(rows.tolist(), coloured.tolist(), strict=True):
-        text = draw_caption(meta[row], generator)
+        text = captions.draw_caption(meta[row], generator)
         texts.append(captions.on_background(text, latents["colours"][row] if ground else "white"))
     rows = rows + len(meta) * coloured
     mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
