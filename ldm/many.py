@@ -12,6 +12,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,7 @@ def make(
     def draw(tasks: list[Task]) -> None:
         start, settings = time.perf_counter(), [task.settings() for task in tasks]
         alone.count = len(tasks)
-        with alone:
+        with alone if len(tasks) > 1 else nullcontext():  # it costs a fifth of the time of one
             drawn = pipe.run(together(settings), progress=False)
         seconds = (time.perf_counter() - start) / len(tasks)
         for task, s, image, record in zip(tasks, settings, drawn.images, drawn.records(), strict=True):
