@@ -58,8 +58,8 @@ class Alone(TorchFunctionMode):
 
 
 def place(weight: Any) -> Any:
-    """What tells a layer's weight, or its groups, from another's: not `id`, as layers make views of weights at each call
-    and the next view may get the id of the last."""
+    """What tells a layer's weight, or its groups, from another's: not `id`, as layers make views of weights at each
+    call, and the next view may get the id of the last."""
     return (weight.data_ptr(), weight.shape, weight.stride()) if isinstance(weight, Tensor) else weight
 
 
