@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldm import kernels
+from ldm.convolutions import CONVOLUTION, TRANSPOSED
 
 # How many of the first arguments have the batch's rows. The rest of the nets goes row by row, whatever the batch.
-MIXING = {torch.conv2d: 1, torch.conv_transpose2d: 1, F.linear: 1, F.group_norm: 1, kernels.PRODUCT: 1}
+MIXING = dict.fromkeys((torch.conv2d, CONVOLUTION, TRANSPOSED, F.linear, kernels.PRODUCT, F.group_norm), 1)
 
 
 class Alone(TorchFunctionMode):
@@ -44,7 +45,7 @@ class Alone(TorchFunctionMode):
         if func not in MIXING or self.count == 1 or len(args[0]) % self.count or of_one_head(func, args[0]):
             return func(*args, **kwargs)
         rows, others = args[: MIXING[func]], args[MIXING[func] :]
-        case = func, place(others[0]), rows[0].shape, rows[0].dtype, self.count
+        case = func, *map(place, others[:2]), rows[0].shape, rows[0].dtype, self.count
         if self.same.get(case):
             return func(*args, **kwargs)
         # Clones, as a view of every second row has no layout of its own, and that chooses kernels too.
@@ -57,10 +58,15 @@ class Alone(TorchFunctionMode):
         return y
 
 
-def place(weight: Any) -> Any:
-    """What tells a layer's weight, or its groups, from another's: not `id`, as layers make views of weights at each
-    call, and the next view may get the id of the last."""
-    return (weight.data_ptr(), weight.shape, weight.stride()) if isinstance(weight, Tensor) else weight
+def place(argument: Any) -> Any:
+    """What tells a layer's weight and bias, or its groups, from another's: not `id`, as layers make views of weights at
+    each call, and the next view may get the id of the last. (A packed weight's place may become another's: the bias is
+    there.)"""
+    if not isinstance(argument, Tensor):
+        return argument
+    if argument.is_mkldnn:
+        return argument.shape
+    return argument.data_ptr(), argument.shape, argument.stride()
 
 
 def of_one_head(func: Callable[..., Any], x: Tensor) -> bool:

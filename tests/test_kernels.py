@@ -1,37 +1,52 @@
 """The fast way against the plain one, where it is taken and where it must not be."""
 
 import copy
+import gc
+import mmap
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import randomise
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldm import kernels
+from ldm import convolutions, kernels, packed
 from ldm.attention import attention
 from ldm.seamless import seamless
 from ldm.unet.transformer import GEGLU, FeedForward
 from ldm.vae import VAE, VAEConfig
 from ldm.vae.blocks import Upsample
 
+blocks_are_faster = kernels.blocks_are_faster
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """How often oneDNN was called. It counts as faster here, whatever this machine says."""
-    counts = {"calls": 0}
+    """How often oneDNN was called, and how often weights were packed. It counts as faster here, whatever this machine
+    says."""
+    counts = {"calls": 0, "packed": 0}
 
-    def counting(operator):
+    def counting(what, operator):
         def call(*args):
-            counts["calls"] += 1
+            counts[what] += 1
             return operator(*args)
 
         return call
 
-    monkeypatch.setattr(kernels, "PRODUCT", counting(kernels.PRODUCT))
+    monkeypatch.setattr(kernels, "PRODUCT", counting("calls", kernels.PRODUCT))
+    for name in ("CONVOLUTION", "TRANSPOSED"):
+        monkeypatch.setattr(convolutions, name, counting("calls", getattr(convolutions, name)))
+    for name in ("PACK", "PACK_TRANSPOSED"):
+        monkeypatch.setattr(convolutions, name, counting("packed", getattr(convolutions, name)))
     monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "blocks_are_faster", lambda dtype: True)
     with torch.no_grad():
         yield counts
 
@@ -75,15 +90,107 @@ def test_attention(dtype, n, m, heads, width, calls):
     assert_close(fast, plain.float(), dtype)
 
 
+CONVOLUTIONS = {"3x3": (3, 1, 1), "1x1": (1, 1, 0), "down": (3, 2, 1), "bare": (3, 2, 0)}  # kernel, stride, padding
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (16, 16)])
+@pytest.mark.parametrize("size", [(16, 16), (20, 19)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_conv2d(dtype, size, layout, calls):
-    layer = randomise(kernels.Conv2d(128, 1024)).to(dtype)
-    x = torch.randn(3, 128, *size).to(dtype).to(memory_format=layout)
-    fast = layer(x)
-    assert calls["calls"] == 1
-    assert_close(fast, F.conv2d(x.float(), layer.weight.float(), layer.bias.float(), padding=1), dtype)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_conv2d(dtype, size, layout, kind, calls):
+    kernel, stride, padding = CONVOLUTIONS[kind]
+    layer = randomise(convolutions.Conv2d(256, 320, kernel, stride, padding)).to(dtype)
+    x = torch.randn(3, 256, *size).to(dtype).to(memory_format=layout)
+    fast = layer(x), layer(x)
+    assert calls == {"calls": 2, "packed": 1}
+    assert torch.equal(*fast)
+    assert_close(fast[0], F.conv2d(x.float(), layer.weight.float(), layer.bias.float(), stride, padding), dtype)
+
+
+def replaced(conv):
+    conv.weight.data = conv.weight.data + 1
+
+
+def in_place(conv):
+    conv.weight += 1
+
+
+def behind_its_back(conv):
+    conv.weight.data += 1
+
+
+def another_parameter(conv):
+    conv.weight = nn.Parameter(conv.weight + 1)
+
+
+def loaded(conv):
+    conv.load_state_dict({name: value + 1 for name, value in conv.state_dict().items()})
+
+
+def channel(conv):
+    with torch.no_grad():
+        conv.weight[3, 3] = 1
+
+
+@pytest.mark.parametrize("change", [replaced, in_place, behind_its_back, another_parameter, loaded, channel])
+def test_changed_weights_are_packed_anew(change, calls):
+    layer, x = randomise(convolutions.Conv2d(128, 256, 3, padding=1)), torch.randn(2, 128, 16, 16)
+    before = layer(x)
+    change(layer)
+    assert not torch.equal(layer(x), before)
+    assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), torch.float32)
+    assert calls["packed"] == 2
+
+
+def test_packed_weights_are_shared_and_end_with_the_weight(calls):
+    """Copies of a net on the same parameters, as those that wrap around, do not pack them again."""
+    layer, x = convolutions.Conv2d(128, 256, 3, padding=1), torch.randn(2, 128, 16, 16)
+    before = len(packed.KEPT)
+    copy.deepcopy(layer, {id(p): p for p in layer.parameters()})(x)
+    layer(x)
+    assert calls["packed"] == 1 and len(packed.KEPT) == before + 1
+    pickle.loads(pickle.dumps(layer))
+    del layer
+    gc.collect()
+    assert len(packed.KEPT) == before
+
+
+def mapped(path, values):
+    """As weights are, that come from a file."""
+    save_file({"weight": values}, path)
+    return safe_open(path, "pt").get_tensor("weight")
+
+
+def resident(tensor):
+    """How many of its pages are in memory."""
+    page = mmap.PAGESIZE
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        pagemap.seek(8 * (tensor.data_ptr() // page))
+        pages = np.frombuffer(pagemap.read(8 * (tensor.nbytes // page)), dtype=np.uint64)
+    return int((pages >> np.uint64(63)).sum())
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="tells of Linux")
+def test_files_are_handed_back(tmp_path):
+    values = torch.randn(256, 128, 3, 3)
+    tensor = mapped(tmp_path / "weight.safetensors", values)
+    assert torch.equal(tensor, values) and resident(tensor) > 200
+    packed.hand_back(tensor)
+    assert resident(tensor) < 10
+    assert torch.equal(tensor, values)
+    tensor[100] += 1  # a page that is no longer the file's: all of it must stay
+    packed.hand_back(tensor)
+    assert resident(tensor) > 200
+    values[100] += 1
+    assert torch.equal(tensor, values)
+
+
+def test_memory_is_not_handed_back():
+    tensor = torch.randn(256, 128, 3, 3)
+    expected = tensor.clone()
+    for part in (tensor, tensor[1:], torch.randn(3), torch.empty(0)):
+        packed.hand_back(part)
+    assert torch.equal(tensor, expected)
 
 
 def small():
@@ -105,11 +212,45 @@ def masked():
     return attention(q, q, q, 2, torch.ones(1024, 1024, dtype=torch.bool))
 
 
-def many_pixels():
-    return kernels.Conv2d(64, 1024)(torch.randn(1, 64, 17, 16))
+def small_convolution():
+    return convolutions.Conv2d(16, 16, 3, padding=1)(torch.randn(1, 16, 16, 16))
 
 
-@pytest.mark.parametrize("case", [small, with_gradients, in_float64, masked, many_pixels])
+def convolution_of_none():
+    assert convolutions.Conv2d(256, 256, 3, padding=1)(torch.randn(0, 256, 16, 16)).shape == (0, 256, 16, 16)
+
+
+def circular_convolution():
+    """As people set it for seamless pictures."""
+    conv, x = convolutions.Conv2d(256, 256, 3, padding=1), torch.randn(1, 256, 16, 16)
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    assert torch.equal(conv(x), F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), conv.weight, conv.bias))
+
+
+def grouped_convolution():
+    convolutions.Conv2d(256, 256, 3, padding=1, groups=2)(torch.randn(1, 256, 16, 16))
+
+
+def without_onednn():
+    with torch.backends.mkldnn.flags(enabled=False):
+        convolutions.Conv2d(128, 128, 3, padding=1)(torch.randn(1, 128, 16, 16))
+
+
+def of_fake_tensors():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        convolutions.Conv2d(256, 256, 3, padding=1)(torch.empty(1, 256, 16, 16))
+
+
+def under_vmap():
+    conv, x = convolutions.Conv2d(128, 128, 3, padding=1), torch.randn(3, 1, 128, 16, 16)
+    assert torch.allclose(torch.func.vmap(conv)(x)[1], F.conv2d(x[1], conv.weight, conv.bias, padding=1), atol=1e-5)
+
+
+CONVOLVED = [small_convolution, convolution_of_none, circular_convolution, grouped_convolution]
+CONVOLVED += [without_onednn, of_fake_tensors, under_vmap]
+
+
+@pytest.mark.parametrize("case", [small, with_gradients, in_float64, masked, *CONVOLVED])
 def test_plain(case, calls):
     case()
     assert calls["calls"] == 0
@@ -117,35 +258,51 @@ def test_plain(case, calls):
 
 def test_plain_where_onednn_is_not_faster(calls, monkeypatch):
     monkeypatch.setattr(kernels, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(kernels, "blocks_are_faster", lambda dtype: False)
     kernels.Linear(256, 256)(torch.randn(2, 300, 256))
     GEGLU(128, 512)(torch.randn(2, 300, 128))
+    attention(*torch.randn(3, 1, 1024, 80), 2)
     assert calls["calls"] == 0
 
 
 def test_plain_without_onednn(monkeypatch):
-    monkeypatch.undo()
     monkeypatch.setattr(kernels, "PRODUCT", None)
-    assert not kernels.onednn_is_faster.__wrapped__()
+    for name in ("CONVOLUTION", "TRANSPOSED", "PACK", "PACK_TRANSPOSED"):
+        monkeypatch.setattr(convolutions, name, None)
+    monkeypatch.setattr(kernels, "blocks_are_faster", blocks_are_faster.__wrapped__)
+    kernels.Linear(256, 256)(torch.randn(2, 300, 256))
+    GEGLU(128, 512)(torch.randn(2, 300, 128))
+    attention(*torch.randn(3, 1, 1024, 80), 2)
+    Upsample(256)(convolutions.Conv2d(256, 256, 3, padding=1)(torch.randn(1, 256, 16, 16)))
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_measuring(faster, monkeypatch):
-    """By a clock that runs with the calls: 2 a product of PyTorch's, 1 or 3 of oneDNN's."""
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_measuring(seconds, monkeypatch):
+    """By a clock that runs with the calls: 2 the plain one, 1 or 3 the other."""
     now = 0.0
 
     def taking(seconds):
-        def call(x, weight, bias):
+        def call():
             nonlocal now
             now += seconds
-            return x
 
         return call
 
-    monkeypatch.undo()
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(kernels.F, "linear", taking(2))
-    monkeypatch.setattr(kernels, "product", taking(1 if faster else 3))
-    assert kernels.onednn_is_faster.__wrapped__() is faster
+    assert kernels.faster(taking(seconds), taking(2)) is (seconds == 1)
+
+
+def test_what_is_measured(monkeypatch):
+    """The two ways give the same, whichever this machine takes."""
+    pairs = []
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "faster", lambda function, plain: pairs.append((function(), plain())))
+    kernels.onednn_is_faster.__wrapped__()
+    for dtype in DTYPES:
+        kernels.blocks_are_faster.__wrapped__(dtype)
+    for fast, plain in pairs:
+        assert_close(fast, plain.float(), fast.dtype)
+    assert len(pairs) == 3
 
 
 def test_hooks_of_the_projection_are_called():
@@ -174,9 +331,8 @@ def test_gradients_of_norm_and_silu():
 @pytest.fixture
 def tiny_strips(monkeypatch):
     """Pictures are large from 1,000 numbers on, and a strip has some rows."""
-    monkeypatch.setattr(kernels, "LARGE_PICTURE", 1000)
-    monkeypatch.setattr(kernels, "STRIP", 5 * 48 * 13)
-    monkeypatch.setattr(kernels, "transposed_is_faster", lambda: True)
+    monkeypatch.setattr(convolutions, "LARGE_PICTURE", 1000)
+    monkeypatch.setattr(convolutions, "STRIP", 5 * 48 * 13)
 
 
 def in_float32(*modules):
@@ -195,28 +351,27 @@ def test_norm_conv(dtype, inp, out, height, tiny_strips):
     x[:, :, : height // 2] *= 4  # strips whose moments are not alike
     norm32, conv32, skip32 = in_float32(norm, conv, skip)
     plain = conv32(F.silu(norm32(x.float())))
-    assert_close(kernels.norm_conv(norm, conv, x), plain, dtype)
-    assert_close(kernels.norm_conv(norm, conv, x, skip, x), plain + skip32(x.float()), dtype)
+    assert_close(convolutions.norm_conv(norm, conv, x), plain, dtype)
+    assert_close(convolutions.norm_conv(norm, conv, x, skip, x), plain + skip32(x.float()), dtype)
 
 
 def test_strips_do_not_depend_on_the_batch(tiny_strips):
     norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
     x = torch.randn(3, 32, 12, 39)
-    whole, one = (kernels.norm_conv(norm, conv, part, nn.Identity(), part) for part in (x, x[1:2]))
+    whole, one = (convolutions.norm_conv(norm, conv, part, nn.Identity(), part) for part in (x, x[1:2]))
     assert torch.equal(whole[1:2], one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 39), (12, 7)])
-def test_upsampling(dtype, size, tiny_strips, monkeypatch):
-    up = randomise(Upsample(32)).to(dtype)
-    x = torch.randn(2, 32, *size).to(dtype)
+def test_upsampling(dtype, size, calls):
+    up = randomise(Upsample(256)).to(dtype)
+    x = torch.randn(2, 256, *size).to(dtype)
     fast = up(x)
+    assert torch.equal(up(x), fast)
+    assert calls == {"calls": 2, "packed": 1}
     (conv32,) = in_float32(up.conv)
     assert_close(fast, conv32(F.interpolate(x.float(), scale_factor=2.0)), dtype)
-    assert torch.equal(fast, kernels.transposed(x, up.conv.weight, up.conv.bias))
-    monkeypatch.setattr(kernels, "transposed_is_faster", lambda: False)
-    assert torch.equal(up(x), up.conv(F.interpolate(x, scale_factor=2.0)))
 
 
 def small_picture(norm, conv, x):
@@ -281,8 +436,8 @@ def test_no_strips(case, tiny_strips):
     """Bit for bit the plain way where strips must not be."""
     norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
     norm, conv, x = case(norm, conv, torch.randn(2, 32, 12, 39))
-    assert torch.equal(kernels.norm_conv(norm, conv, x, nn.Identity(), x), x + conv(F.silu(norm(x))))
-    assert torch.equal(kernels.norm_conv(norm, conv, x), conv(F.silu(norm(x))))
+    assert torch.equal(convolutions.norm_conv(norm, conv, x, nn.Identity(), x), x + conv(F.silu(norm(x))))
+    assert torch.equal(convolutions.norm_conv(norm, conv, x), conv(F.silu(norm(x))))
 
 
 @pytest.mark.parametrize("wanted", ["x", "start", "norm.weight", "norm.bias", "conv.weight", "conv.bias", "skip.bias"])
@@ -296,7 +451,7 @@ def test_gradients_of_norm_and_conv(wanted, tiny_strips):
     of, up = values[wanted].requires_grad_(True), randomise(Upsample(32)).requires_grad_(False)
     x, start = values["x"], values["start"]
     with torch.enable_grad():
-        y = kernels.norm_conv(net["norm"], net["conv"], x, net["skip"], start)
+        y = convolutions.norm_conv(net["norm"], net["conv"], x, net["skip"], start)
         (ours,) = torch.autograd.grad(up(y).sum(), of)
         y = net["skip"](start) + net["conv"](F.silu(net["norm"](x)))
         (plain,) = torch.autograd.grad(up.conv(F.interpolate(y, scale_factor=2.0)).sum(), of)
@@ -306,7 +461,7 @@ def test_gradients_of_norm_and_conv(wanted, tiny_strips):
 def test_gradient_of_a_bias_alone():
     for layer, x in (
         (kernels.Linear(256, 640), torch.randn(1, 300, 256)),
-        (kernels.Conv2d(128, 1024), torch.randn(1, 128, 8, 8)),
+        (convolutions.Conv2d(128, 1024, 3, padding=1), torch.randn(1, 128, 8, 8)),
     ):
         layer.weight.requires_grad_(False)
         with torch.enable_grad():
@@ -336,23 +491,23 @@ def test_autocast():
 def test_hooks_of_all_modules_are_called(tiny_strips):
     norm, conv, seen = nn.GroupNorm(8, 32), nn.Conv2d(32, 32, 3, padding=1), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, y: seen.append(module))
-    kernels.norm_conv(norm, conv, torch.randn(1, 32, 12, 39))
+    convolutions.norm_conv(norm, conv, torch.randn(1, 32, 12, 39))
     handle.remove()
     assert seen == [norm, conv]
 
 
 def test_strips_under_another_default_device(tiny_strips):
     norm, conv, x = nn.GroupNorm(8, 32), nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 12, 39)
-    expected = kernels.norm_conv(norm, conv, x)
+    expected = convolutions.norm_conv(norm, conv, x)
     with torch.device("meta"):
-        assert torch.equal(kernels.norm_conv(norm, conv, x), expected)
+        assert torch.equal(convolutions.norm_conv(norm, conv, x), expected)
 
 
 @pytest.mark.parametrize("mean", [0, 10, 100])
 def test_a_norm_far_from_zero(mean, tiny_strips):
     """As exact as PyTorch's where that sums in order, in which rounding of x itself is the most."""
     x, norm = mean + torch.randn(2, 32, 60, 39), randomise(nn.GroupNorm(8, 32))
-    factor, bias = kernels.affine(norm, x, rows=7)
+    factor, bias = convolutions.affine(norm, x, rows=7)
     exact = copy.deepcopy(norm).double()(x.double())
     off, plain = (float((y - exact).abs().max()) for y in (bias.double() + x.double() * factor, norm(x)))
     assert off <= 2 * plain
@@ -378,7 +533,7 @@ def test_a_vae_in_strips_of_its_activations(tiny_strips):
     net = randomise(VAE(VAEConfig(channels=(32, 64), layers=1)))
     z, image = torch.randn(2, 4, 16, 24), torch.randn(2, 3, 32, 48)
     fast = net.decode(z), net.encode(image).mean
-    kernels.LARGE_PICTURE = 2**60  # put back by the fixture
+    convolutions.LARGE_PICTURE = 2**60  # put back by the fixture
     for ours, plain in zip(fast, (net.decode(z), net.encode(image).mean), strict=True):
         assert not torch.equal(ours, plain)
         assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()

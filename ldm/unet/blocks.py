@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.kernels import Conv2d, norm_silu
+from ldm.convolutions import Conv2d, doubled
+from ldm.kernels import norm_silu
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -48,11 +49,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, inp: int, out: int, time: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inp, eps=1e-5)
-        self.conv1 = Conv2d(inp, out)
+        self.conv1 = Conv2d(inp, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time, out)
         self.norm2 = nn.GroupNorm(groups, out, eps=1e-5)
-        self.conv2 = Conv2d(out, out)
-        self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
+        self.conv2 = Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x))  # (B,out,h,w)
@@ -64,7 +65,7 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)  # (B,C,ceil(h/2),ceil(w/2))
@@ -73,8 +74,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """`size` is that of the skip connection to come: twice x, less one where the way down rounded up."""
+        if size == (2 * x.shape[2], 2 * x.shape[3]):
+            return doubled(self.conv, x)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B,C,*size)

@@ -4,6 +4,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.attention import attention
+from ldm.convolutions import Conv2d
 from ldm.kernels import Linear, by_rows, geglu
 
 
@@ -63,9 +64,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # not 1e-5 as in the UNet's resnets
-        self.proj_in = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
-        self.proj_out = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         size = x.shape[-2:]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.convolutions import Conv2d
 from ldm.kernels import channels_last, norm_silu
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
@@ -101,7 +102,7 @@ class UNet(nn.Module):
         super().__init__()
         c = self.config = config
         levels, width = range(len(c.channels)), c.channels[0]
-        self.conv_in = nn.Conv2d(c.in_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(c.in_channels, width, 3, padding=1)
         self.time_embedding = TimestepEmbedding(width, 4 * width)
         if c.vector_width is not None:
             self.add_embedding = TimestepEmbedding(c.vector_width, 4 * width)
@@ -109,7 +110,7 @@ class UNet(nn.Module):
         self.mid_block = MidBlock(c)
         self.up_blocks = nn.ModuleList(UpBlock(c, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(c.groups, width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, c.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, c.out_channels, 3, padding=1)
 
     def forward(
         self,

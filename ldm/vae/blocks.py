@@ -5,17 +5,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.attention import attention
-from ldm.kernels import Linear, norm_conv, transposed, transposes
+from ldm.convolutions import Conv2d, doubled, norm_conv
+from ldm.kernels import Linear
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, inp: int, out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inp, eps=1e-6)
-        self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
+        self.conv1 = Conv2d(inp, out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out, eps=1e-6)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
+        self.conv2 = Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = norm_conv(self.norm1, self.conv1, x)  # (B,out,h,w)
@@ -54,7 +55,7 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B,C,h/2,w/2)
@@ -63,12 +64,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if transposes(self.conv, x):
-            return transposed(x, self.conv.weight, self.conv.bias)  # (B,C,2h,2w)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled(self.conv, x)  # (B,C,2h,2w)
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels import factor_and_bias
+from ldm.convolutions import factor_and_bias
 from ldm.vae.blocks import DownBlock, UpBlock
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels import channels_last, norm_conv
+from ldm.convolutions import Conv2d, norm_conv
+from ldm.kernels import channels_last
 from ldm.vae import strips
 from ldm.vae.blocks import DownBlock, MidBlock, UpBlock
 from ldm.vae.config import VAEConfig
@@ -28,13 +29,13 @@ class Encoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
         ch, last = c.channels, len(c.channels) - 1
-        self.conv_in = nn.Conv2d(3, ch[0], 3, padding=1)
+        self.conv_in = Conv2d(3, ch[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(ch[max(i - 1, 0)], ch[i], c.layers, c.groups, last=i == last) for i in range(len(ch))
         )
         self.mid_block = MidBlock(ch[-1], c.groups)
         self.conv_norm_out = nn.GroupNorm(c.groups, ch[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(channels_last(x))
@@ -48,13 +49,13 @@ class Decoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
         ch, last = c.channels[::-1], len(c.channels) - 1
-        self.conv_in = nn.Conv2d(c.latent_channels, ch[0], 3, padding=1)
+        self.conv_in = Conv2d(c.latent_channels, ch[0], 3, padding=1)
         self.mid_block = MidBlock(ch[0], c.groups)
         self.up_blocks = nn.ModuleList(
             UpBlock(ch[max(i - 1, 0)], ch[i], c.layers + 1, c.groups, last=i == last) for i in range(len(ch))
         )
         self.conv_norm_out = nn.GroupNorm(c.groups, ch[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
+        self.conv_out = Conv2d(ch[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(channels_last(z)))
@@ -70,8 +71,8 @@ class VAE(nn.Module):
         latents = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
-        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
+        self.quant_conv = Conv2d(2 * latents, 2 * latents, 1)
+        self.post_quant_conv = Conv2d(latents, latents, 1)
 
     def encode(self, image: Tensor) -> Gaussian:
         """image (B,3,h,w) in [-1,1], h and w multiples of the factor -> Gaussian of (B,4,h/f,w/f), not scaled.

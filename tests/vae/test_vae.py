@@ -18,7 +18,7 @@ from parity import (
 )
 from torch import Tensor
 
-from ldm import vae
+from ldm import convolutions, vae
 from ldm.vae import Gaussian, VAEConfig, blocks
 from ldm.vae import vae as vae_module
 
@@ -81,16 +81,16 @@ TRAPS = {
     "eps of the attention's norm": (blocks, eps("GroupNorm(groups, channels")),
     "eps of the encoder's conv_norm_out": (
         vae_module,
-        eps("ch[-1]", "\n        self.conv_out = nn.Conv2d(ch[-1], 2 *"),
+        eps("ch[-1]", "\n        self.conv_out = Conv2d(ch[-1], 2 *"),
     ),
-    "eps of the decoder's conv_norm_out": (vae_module, eps("ch[-1]", "\n        self.conv_out = nn.Conv2d(ch[-1], 3,")),
+    "eps of the decoder's conv_norm_out": (vae_module, eps("ch[-1]", "\n        self.conv_out = Conv2d(ch[-1], 3,")),
     "downsampling pads on all sides": (blocks, {"(0, 1, 0, 1)": "(1, 1, 1, 1)"}),
     "downsampling pads on the left and at the top": (blocks, {"(0, 1, 0, 1)": "(1, 0, 1, 0)"}),
     "lower bound of the log variance": (vae_module, {"clamp(-30.0, 20.0)": "clamp(-31.0, 20.0)"}),
     "upper bound of the log variance": (vae_module, {"clamp(-30.0, 20.0)": "clamp(-30.0, 21.0)"}),
     "variance for standard deviation": (vae_module, {"(0.5 * logvar": "(1.0 * logvar"}),
     "log variance before the mean": (vae_module, {"mean, logvar = self": "logvar, mean = self"}),
-    "upsampling by interpolation": (blocks, {'mode="nearest"': 'mode="bilinear"'}),
+    "upsampling by interpolation": (convolutions, {'mode="nearest"': 'mode="bilinear"'}),
 }
 
 

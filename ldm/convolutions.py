@@ -1,0 +1,173 @@
+"""Convolutions on CPUs: weights packed once, large pictures in strips, and doubling without the doubled picture.
+
+As in `ldm.kernels`, these are no other formulas, and the plain way is taken wherever the fast one is not for it.
+"""
+
+import math
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.kernels import LARGE, has_bfloat16, norm_silu, numbers, on_cpu, watched
+from ldm.packed import packed
+
+LARGE_PICTURE = 2**22  # numbers in a picture's activation: 16 MB, half of a usual cache
+STRIP = 2**20  # of them are at work at a time
+
+
+def operator(name: str) -> Any:
+    """Of oneDNN, as torch.compile calls it; where PyTorch has none, as on ARM, nothing."""
+    return getattr(torch.ops.mkldnn, name, None)
+
+
+# Of (weight, padding, ...), and of (x, packed weight, bias, padding, ...).
+PACK, CONVOLUTION = operator("_reorder_convolution_weight"), operator("_convolution_pointwise")
+PACK_TRANSPOSED = operator("_reorder_convolution_transpose_weight")
+TRANSPOSED = operator("_convolution_transpose_pointwise")
+
+
+class Conv2d(nn.Conv2d):
+    """A plain one, without groups and dilation, padded with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(self, x) if plain(self) else super().forward(x)
+
+
+def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None) -> Tensor:
+    """conv(x), or with another padding, of a plain convolution, without its hooks."""
+    sides = conv.padding if padding is None else padding
+    assert isinstance(sides, tuple), "a plain one's"
+    pixels = x.shape[2] * x.shape[3] // math.prod(conv.stride)
+    if not packs(x, pixels * conv.weight.numel(), conv.weight, conv.bias):
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride, sides)
+    how = list(sides), list(conv.stride), [1, 1], 1
+    # For a number of rows it is hardly ever another layout; if so, oneDNN sees to it.
+    purpose = (len(x), x.shape[3], sides)
+    weight = packed(conv.weight, purpose, lambda: PACK(conv.weight, *how, list(x.shape)))
+    return CONVOLUTION(x, weight, conv.bias, *how, "none", [], "")
+
+
+def packs(x: Tensor, multiplications: int, *others: Tensor | None) -> bool:
+    """Whether a convolution of so many multiplications a row of x is to be computed with packed weights."""
+    return (
+        CONVOLUTION is not None
+        and multiplications >= LARGE
+        and len(x) > 0
+        and on_cpu(x, *others)
+        and (x.dtype == torch.float32 or has_bfloat16())
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def three_by_three(conv: nn.Module) -> bool:
+    """Whether it is a 3x3 convolution that leaves the size."""
+    return plain(conv) and (conv.kernel_size, conv.padding, conv.stride) == ((3, 3), (1, 1), (1, 1))
+
+
+def plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution with zeros around the picture, and nobody has changed what it does."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and type(conv) in (nn.Conv2d, Conv2d)
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not {"forward", "_conv_forward"} & set(vars(conv))
+    )
+
+
+def doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv of x (B,C,h,w) with each pixel doubled in both directions, a 3x3 convolution -> (B,D,2h,2w).
+
+    Of three neighbours in the doubled picture two are the same pixel, so that their weights can be added first. Each
+    pixel then goes to 4x4 of the result: a transposed convolution, with 4/9 of the multiplications.
+    """
+    weight, bias = conv.weight, conv.bias
+    if not three_by_three(conv) or watched(conv) or not packs(x, 16 * numbers(x) * len(weight), weight, bias):
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    how = [1, 1], [0, 0], [2, 2], [1, 1], 1
+
+    def pack() -> Tensor:
+        return PACK_TRANSPOSED(taps(weight), *how, list(x.shape))
+
+    return TRANSPOSED(x, packed(weight, ("doubled", len(x), x.shape[3]), pack), bias, *how, "none", [], "")
+
+
+def taps(weight: Tensor) -> Tensor:
+    """weight (D,C,3,3) -> (C,D,4,4): what each pixel gives to 4x4 of the doubled picture."""
+    ends = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    return (weight.flatten(2) @ torch.kron(ends, ends).T).unflatten(2, (4, 4)).transpose(0, 1)
+
+
+def norm_conv(
+    norm: nn.Module, conv: nn.Module, x: Tensor, skip: nn.Module | None = None, start: Tensor | None = None
+) -> Tensor:
+    """conv(silu(norm(x))), or skip(start) + that, of a GroupNorm and a 3x3 convolution; skip looks at single pixels.
+
+    x (B,C,h,w), start (B,D,h,w) -> (B,E,h,w). Large pictures are taken in strips of rows: what stands between the norm
+    and the end stays in the cache, and never is in memory as a whole.
+    """
+    if not (numbers(x) >= LARGE_PICTURE and in_strips(norm, conv, skip, x, start)):
+        y = conv(norm_silu(norm, x))
+        return y if skip is None or start is None else skip(start) + y
+    assert isinstance(norm, nn.GroupNorm) and isinstance(conv, nn.Conv2d)
+    height, width = x.shape[2:]
+    rows = max(STRIP // (width * max(conv.in_channels, conv.out_channels)), 1)
+    shape = (len(x), conv.out_channels, height, width)
+    out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    for i, (factor, bias) in enumerate(zip(*affine(norm, x, rows), strict=True)):
+        for top in range(0, height, rows):
+            end = min(top + rows, height)
+            above, below = max(top - 1, 0), min(end + 1, height)  # a 3x3 convolution sees a row more on either side
+            h = torch.addcmul(bias, x[i : i + 1, :, above:below].float(), factor)
+            h = F.silu(h, inplace=True).to(x.dtype)
+            if end - top + 2 > below - above:  # at the picture's edges
+                h = F.pad(h, (0, 0, int(above == top), int(below == end)))  # (1,C,rows + 2,w)
+            h = conv2d(conv, h, (0, 1))
+            to = out[i : i + 1, :, top:end]
+            if skip is None or start is None:
+                to.copy_(h)
+            else:
+                torch.add(skip(start[i : i + 1, :, top:end]), h, out=to)
+    return out
+
+
+def in_strips(norm: nn.Module, conv: nn.Module, skip: nn.Module | None, *tensors: Tensor | None) -> bool:
+    """Whether `norm_conv` may compute by itself what these would."""
+    modules = [module for module in (norm, conv, skip) if module is not None]
+    return (
+        type(norm) is nn.GroupNorm
+        and norm.affine
+        and "forward" not in vars(norm)
+        and three_by_three(conv)
+        and not any(map(watched, modules))
+        and on_cpu(*tensors, *(parameter for module in modules for parameter in module.parameters()))
+    )
+
+
+def affine(norm: nn.GroupNorm, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """norm(x) is bias + x * factor: (B,C,1,1) float32 each, from sums over strips of so many rows."""
+    count, each = numbers(x) // norm.num_groups, norm.num_channels // norm.num_groups
+    near = x[:, :, 0, 0].float()  # (B,C), about the means: what is summed is small, and little of it cancels out
+    sums = torch.zeros(2, *near.shape, dtype=torch.float64, device="cpu")
+    for strip in x.split(rows, dim=2):
+        values = strip.permute(0, 2, 3, 1).flatten(1, 2) - near[:, None]  # (B,pixels,C)
+        sums += torch.stack([values.sum(1), values.square().sum(1)])
+    near, pixels = near.double(), numbers(x) // norm.num_channels
+    of_channels = torch.stack([sums[0] + pixels * near, sums[1] + 2 * near * sums[0] + pixels * near**2])
+    mean, square = of_channels.unflatten(2, (-1, each)).sum(3) / count  # (B,G) each
+    return factor_and_bias(norm, mean, (square - mean**2).clamp(min=0))
+
+
+def factor_and_bias(norm: nn.GroupNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from mean and variance (B,G), float64 on the CPU."""
+    weight, shift = norm.weight.cpu().double(), norm.bias.cpu().double()
+    mean, rstd = (v.repeat_interleave(len(weight) // norm.num_groups, 1) for v in (mean, (var + norm.eps) ** -0.5))
+    factor = rstd * weight  # (B,C)
+    bias = shift - mean * factor
+    factor, bias = (v[:, :, None, None].to(norm.weight.device, torch.float32) for v in (factor, bias))
+    return factor, bias
