@@ -111,7 +111,7 @@ def norm_conv(
     x (B,C,h,w), start (B,D,h,w) -> (B,E,h,w). Large pictures are taken in strips of rows: what stands between the norm
     and the end stays in the cache, and never is in memory as a whole.
     """
-    if not (numbers(x) >= LARGE_PICTURE and in_strips(norm, conv, skip, x, start)):
+    if not (len(x) > 0 and numbers(x) >= LARGE_PICTURE and in_strips(norm, conv, skip, x, start)):
         y = conv(norm_silu(norm, x))
         return y if skip is None or start is None else skip(start) + y
     assert isinstance(norm, nn.GroupNorm) and isinstance(conv, nn.Conv2d)
@@ -119,12 +119,14 @@ def norm_conv(
     rows = max(STRIP // (width * max(conv.in_channels, conv.out_channels)), 1)
     shape = (len(x), conv.out_channels, height, width)
     out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    zeros, ones = (torch.full([norm.num_channels], n, dtype=torch.float32, device="cpu") for n in (0, 1))
     for i, (factor, bias) in enumerate(zip(*affine(norm, x, rows), strict=True)):
         for top in range(0, height, rows):
             end = min(top + rows, height)
             above, below = max(top - 1, 0), min(end + 1, height)  # a 3x3 convolution sees a row more on either side
-            h = torch.addcmul(bias, x[i : i + 1, :, above:below].float(), factor)
-            h = F.silu(h, inplace=True).to(x.dtype)
+            # As a batch norm of known statistics, which computes in float32, and takes and returns another dtype.
+            h = F.batch_norm(x[i : i + 1, :, above:below], zeros, ones, factor.flatten(), bias.flatten(), eps=0.0)
+            h = F.silu(h, inplace=True)
             if end - top + 2 > below - above:  # at the picture's edges
                 h = F.pad(h, (0, 0, int(above == top), int(below == end)))  # (1,C,rows + 2,w)
             h = conv2d(conv, h, (0, 1))
@@ -150,17 +152,20 @@ def in_strips(norm: nn.Module, conv: nn.Module, skip: nn.Module | None, *tensors
 
 
 def affine(norm: nn.GroupNorm, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """norm(x) is bias + x * factor: (B,C,1,1) float32 each, from sums over strips of so many rows."""
-    count, each = numbers(x) // norm.num_groups, norm.num_channels // norm.num_groups
-    near = x[:, :, 0, 0].float()  # (B,C), about the means: what is summed is small, and little of it cancels out
-    sums = torch.zeros(2, *near.shape, dtype=torch.float64, device="cpu")
-    for strip in x.split(rows, dim=2):
-        values = strip.permute(0, 2, 3, 1).flatten(1, 2) - near[:, None]  # (B,pixels,C)
-        sums += torch.stack([values.sum(1), values.square().sum(1)])
-    near, pixels = near.double(), numbers(x) // norm.num_channels
-    of_channels = torch.stack([sums[0] + pixels * near, sums[1] + 2 * near * sums[0] + pixels * near**2])
-    mean, square = of_channels.unflatten(2, (-1, each)).sum(3) / count  # (B,G) each
-    return factor_and_bias(norm, mean, (square - mean**2).clamp(min=0))
+    """norm(x) is bias + x * factor: (B,C,1,1) float32 each, from the moments of strips of so many rows (law of total
+    variance, in float64)."""
+    pictures = [torch.stack([moments(strip) for strip in picture.split(rows, dim=2)]) for picture in x.split(1)]
+    strips = torch.stack(pictures).unflatten(3, (norm.num_groups, -1))  # (B,strips,2,G,C/G)
+    share = strips.new_tensor([strip.shape[2] / x.shape[2] for strip in x.split(rows, dim=2)])[:, None, None]
+    mean, var = strips[:, :, 0], strips[:, :, 1]
+    whole = (share * mean).sum(1).mean(2)  # (B,G)
+    return factor_and_bias(norm, whole, (share * (var + (mean - whole[:, None, :, None]) ** 2)).sum(1).mean(2))
+
+
+def moments(x: Tensor) -> Tensor:
+    """Mean and variance of each channel of x (1,C,h,w): (2,C) float64, of sums in float32."""
+    unused = torch.zeros(2, x.shape[1], dtype=torch.float32, device="cpu")  # whose dtype is that of the sums
+    return torch.stack(torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)).double()
 
 
 def factor_and_bias(norm: nn.GroupNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
