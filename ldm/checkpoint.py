@@ -22,6 +22,7 @@ import ldm.vae.keys
 from ldm import folder, hub, models
 from ldm.clip import TextConfig, TextEncoder
 from ldm.clip.tokenizer import END, Tokenizer
+from ldm.mapped import hand_back_all
 from ldm.models import CONTEXT, CONV_IN, SDXL, Model, identify
 from ldm.source import FLOATS, CheckpointError, Source, in_dtype, is_file
 from ldm.unet import VECTOR_NUMBERS, UNet
@@ -131,7 +132,10 @@ def load(
     if vae_dtype is not None or (dtype == torch.float16 and model.vae.upcast):
         dtypes["vae"] = vae_dtype or torch.float32
     nets: dict[str, Any] = dict.fromkeys(NETS)
-    nets |= {part: plan.fill(dtypes[part], torch.device(device)) for part, plan in plans.items()}
+    for part, plan in plans.items():
+        nets[part] = plan.fill(dtypes[part], torch.device(device))
+        if part != "unet":  # each has its hour, while the UNet is at work most of the time
+            hand_back_all(nets[part])
     return Parts(
         **(nets | tokenizers),
         scheduler=dict(model.scheduler),

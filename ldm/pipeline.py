@@ -20,6 +20,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.edit import enlarged, in_tiles, only_masked, outpainted
 from ldm.image import to_images, to_rgb
 from ldm.img2img import StrengthPlan, fit, paste
+from ldm.mapped import hand_back_all
 from ldm.output import Output
 from ldm.record import Ran, Recorder
 from ldm.run import begin, finite, first_noise, inpaints, loop, no_noise, noise_of, one_run, shown, start_latents
@@ -237,6 +238,8 @@ class Pipeline:
         pipe = self._tiled(settings.tiling)
         with torch.no_grad():
             run = begin(pipe, settings)
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            hand_back_all(encoder)
         x, step = run.x, None
         for step in tqdm(run.steps, total=max(len(run.sigmas) - 1, 0), disable=not progress):
             x = step.x
@@ -251,6 +254,7 @@ class Pipeline:
         if run.kept is not None:  # without the noise that DDIM's last sigma leaves
             z, mask = run.kept
             latents = torch.where(mask > 0, latents, z)
+        hand_back_all(self.unet)
         images = to_images(pipe.decode(latents), settings.how.truncates)
         if run.picture is not None and run.mask is not None and settings.how.paste_back:
             images = [paste(image, run.picture, run.mask) for image in images]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldm import convolutions, kernels, packed
+from ldm import convolutions, kernels, mapped, packed
 from ldm.attention import attention
 from ldm.seamless import seamless
 from ldm.unet.transformer import GEGLU, FeedForward
@@ -155,7 +155,7 @@ def test_packed_weights_are_shared_and_end_with_the_weight(calls):
     assert len(packed.KEPT) == before
 
 
-def mapped(path, values):
+def from_file(path, values):
     """As weights are, that come from a file."""
     save_file({"weight": values}, path)
     return safe_open(path, "pt").get_tensor("weight")
@@ -173,13 +173,13 @@ def resident(tensor):
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="tells of Linux")
 def test_files_are_handed_back(tmp_path):
     values = torch.randn(256, 128, 3, 3)
-    tensor = mapped(tmp_path / "weight.safetensors", values)
+    tensor = from_file(tmp_path / "weight.safetensors", values)
     assert torch.equal(tensor, values) and resident(tensor) > 200
-    packed.hand_back(tensor)
+    mapped.hand_back(tensor)
     assert resident(tensor) < 10
     assert torch.equal(tensor, values)
     tensor[100] += 1  # a page that is no longer the file's: all of it must stay
-    packed.hand_back(tensor)
+    mapped.hand_back(tensor)
     assert resident(tensor) > 200
     values[100] += 1
     assert torch.equal(tensor, values)
@@ -189,7 +189,7 @@ def test_memory_is_not_handed_back():
     tensor = torch.randn(256, 128, 3, 3)
     expected = tensor.clone()
     for part in (tensor, tensor[1:], torch.randn(3), torch.empty(0)):
-        packed.hand_back(part)
+        mapped.hand_back(part)
     assert torch.equal(tensor, expected)
 
 
