@@ -31,9 +31,9 @@ def picture(pipe):
 
 @pytest.fixture
 def calls(pipe):
-    """The number of rows of each batch that the UNet is given."""
+    """The number of rows of each batch that the UNet computes: one for each text."""
     rows = []
-    hook = pipe.unet.register_forward_pre_hook(lambda net, inputs: rows.append(len(inputs[0])))
+    hook = pipe.unet.register_forward_hook(lambda net, inputs, out: rows.append(len(out)))
     yield rows
     hook.remove()
 

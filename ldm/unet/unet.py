@@ -12,7 +12,7 @@ from ldm.convolutions import Conv2d
 from ldm.kernels import channels_last, norm_silu
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
-from ldm.unet.transformer import SpatialTransformer
+from ldm.unet.transformer import SpatialTransformer, for_each
 
 
 @dataclass
@@ -78,7 +78,7 @@ class UpBlock(nn.Module):
         for i in range(0 if deep is None or deep.features is None else last, last + 1):
             if deep is not None and i == last:
                 x = deep.features = x if deep.features is None else deep.features
-            x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), temb)
+            x = self.resnets[i](torch.cat([x, for_each(context, skips.pop())], dim=1), temb)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for up in self.upsamplers:
@@ -122,12 +122,16 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (B,in_channels,h,w) in the net's dtype, already scaled by 1/sqrt(1 + sigma^2); h and w may be any size.
 
-        t: timestep 0..999, fractions allowed, a number or (B,). context (B,n,context_width): the text.
-        vector (B,vector_width): SDXL's size conditioning. deep: features to start from instead of the deep layers; has
-        the new ones afterwards if it had none. Returns (B,out_channels,h,w).
+        t: timestep 0..999, fractions allowed, a number or (B,). context (B,n,context_width): the text; or (kB,...), k
+        texts for each x, B rows apart, of which all layers before the first look at the text are computed but once.
+        vector (B,vector_width), or (kB,...): SDXL's size conditioning. deep: features to start from instead of the deep
+        layers; has the new ones afterwards if it had none. Returns (B,out_channels,h,w), or (kB,...).
         """
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B,4C)
+        t = torch.as_tensor(t, device=x.device)
+        if t.ndim > 0 or vector is not None:  # from the time on, rows have not all in common
+            x, t = for_each(context, x), for_each(context, t.expand(len(x)))
+        t = t.expand(len(x) if len(x) == len(context) else 1)
+        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B,4C) or (1,4C)
         if self.config.vector_width is not None:
             temb = temb + self.add_embedding(vector)
 

@@ -118,6 +118,24 @@ TRAPS = {
 }
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("each", [False, True])
+def test_an_x_under_several_texts(name, each):
+    """Is computed once until it looks at the texts, and is what it would be with a row for each."""
+    c = CONFIGS[name]
+    net = randomise(unet.UNet(c))
+    x, context = torch.randn(2, c.in_channels, 7, 9), torch.randn(6, 5, c.context_width)
+    vector = None if c.vector_width is None else torch.randn(6, c.vector_width)
+    t = torch.tensor([3.5, 700.0]) if each else 481
+    seen = []
+    net.conv_in.register_forward_hook(lambda module, inputs, y: seen.append(len(y)))
+    with torch.no_grad():
+        shared = net(x, t, context, vector)
+        rows = net(x.repeat(3, 1, 1, 1), t.repeat(3) if each else t, context, vector)
+    assert (shared - rows).abs().max() <= TOLERANCE * rows.abs().max()
+    assert seen == [6 if each or vector is not None else 2, 6]
+
+
 @pytest.mark.parametrize("trap", TRAPS)
 def test_parity_is_lost_when_a_number_is_changed(trap, monkeypatch):
     module, edits = TRAPS[trap]
