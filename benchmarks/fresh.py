@@ -19,9 +19,15 @@ def single_file(folder: Path) -> Path:
 
 
 def to_single_file(folder: Path) -> None:
-    from ldm.convert import convert
-
     convert(folder, single_file(folder))
+
+
+def convert(source: Path, target: Path, dtype: str | None = None) -> None:
+    import torch
+
+    from ldm import convert
+
+    convert.convert(source, target, None if dtype is None else getattr(torch, dtype))
 
 
 def memory() -> int:

@@ -1,5 +1,6 @@
 """The stages of `python -m benchmarks`: each makes rows, the contenders taking turns."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -81,14 +82,25 @@ class Stages:
         return runs
 
     def loading(self, dtype: str) -> Iterator[Row]:
+        """Of files in that dtype; and in bfloat16 of float32 files, too, as the official ones are."""
+        if dtype == "float32":
+            yield from self.loading_of(self.folder, dtype, "load")
+            return
+        converted = self.folder.with_name(dtype)
+        alone(fresh.convert, self.folder, converted, dtype)
+        yield from self.loading_of(converted, dtype, "load")
+        yield from self.loading_of(self.folder, dtype, "load float32 files")
+        shutil.rmtree(converted)
+
+    def loading_of(self, folder: Path, dtype: str, title: str) -> Iterator[Row]:
         names = [THEIRS, OURS]
-        size = sum(file.stat().st_size for file in self.folder.rglob("*.safetensors"))
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
         def warm(name: str) -> dict[str, float]:
-            return fresh.run("load", name, self.folder, dtype)
+            return fresh.run("load", name, folder, dtype)
 
         def cold(name: str) -> dict[str, float]:
-            fresh.forget(self.folder)
+            fresh.forget(folder)
             return warm(name)
 
         for name in names:
@@ -98,7 +110,7 @@ class Stages:
             if cache == "cold" and any(r["from_disk"] < size / 2 for of_one in runs.values() for r in of_one):
                 self.absent["loading from a cold cache"] = "the system kept the files in memory"
                 return
-            for stage, what in {"load": "seconds", "load and read": "read"}.items():
+            for stage, what in {title: "seconds", f"{title} and read": "read"}.items():
                 yield Row(f"{stage}, {cache}", dtype, "s", column(runs, what))
 
     def part(self, part: str, dtype: str) -> Iterator[Row]:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ldm.clip import TextEncoding
 from ldm.guidance import Guide, asked, bound, cfg, guided, only_between
+from ldm.offload import at_work
 from ldm.samplers import Denoiser, net_denoiser
 from ldm.settings import Settings
-from ldm.unet import UNet, vector_embedding
+from ldm.unet import vector_embedding
 from ldm.unet.approximate import DeepCache, merged
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def denoiser(
         cached = unet if s.deep_cache == 1 else DeepCache(unet, s.deep_cache)
 
         def net(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            if isinstance(pipe.unet, UNet):  # a net of somebody else's wants as many rows as texts
-                x = x[: s.count]  # the same under each text
+            at_work(pipe, pipe.unet)
             if seen is not None:
                 x = torch.cat([x, seen.to(x.dtype).repeat(len(x) // len(seen), 1, 1, 1)], dim=1)  # (B,9,h,w)
             return cached(x, t, context, own)

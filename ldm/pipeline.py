@@ -21,6 +21,7 @@ from ldm.edit import enlarged, in_tiles, only_masked, outpainted
 from ldm.image import to_images, to_rgb
 from ldm.img2img import StrengthPlan, fit, paste
 from ldm.mapped import hand_back_all
+from ldm.offload import at_work
 from ldm.output import Output
 from ldm.record import Ran, Recorder
 from ldm.run import begin, finite, first_noise, inpaints, loop, no_noise, noise_of, one_run, shown, start_latents
@@ -77,6 +78,7 @@ class Pipeline:
         self.text_encoder_2 = text_encoder_2
         self.tokenizer_2 = tokenizer_2
         self.zero_negative = zero_negative
+        self.offloaded: torch.device | None = None  # where the nets come to work, see `offload`
         self._loras: list[Lora] = []
         self._embeddings: list[tuple[str, Path]] = []
         # Of from_pretrained, by the names of the command line's options.
@@ -144,7 +146,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return self.offloaded or self.unet.conv_in.weight.device
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> "Lora":
         """Merge a LoRA (safetensors: kohya's, LyCORIS', diffusers' or PEFT's) into the UNet and the text encoders.
@@ -343,6 +345,17 @@ class Pipeline:
         check_names(settings)
         return levels.plan(Settings(**settings), self.schedule)
 
+    def offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep the nets of a pipeline on the CPU, and bring each to `device` when its turn comes.
+
+        The device's memory then holds one of them, not all: of SDXL in bfloat16 5.1 GB at most, not 6.9. Each picture
+        waits until they have come and gone. Load the pipeline with device="cpu" (and bfloat16: there is no float16 on
+        CPUs). Not run on a GPU by us. Raises ValueError for nets that are on another device.
+        """
+        if self.unet.conv_in.weight.device.type != "cpu":
+            raise ValueError(f"offload: the nets are on {self.device}; load the pipeline with device='cpu'")
+        self.offloaded = torch.device(device)
+
     def compile(self) -> None:
         """Let `torch.compile` translate the UNet, in minutes, at its first call and for each new shape.
 
@@ -394,6 +407,7 @@ class Pipeline:
         """
         encodings = []
         for tokenizer, encoder in self._encoders():
+            at_work(self, encoder)
             plans = [plan(text, tokenizer, emphasis is not None) for text in texts]
             count = max(chunks, *(len(p.chunks) for p in plans))
             encodings.append(encode(plans, count, tokenizer, encoder, clip_skip, emphasis == "mean"))
@@ -411,6 +425,7 @@ class Pipeline:
 
         Should the VAE overflow in half precision, it is run once more in float32, with a warning.
         """
+        at_work(self, self.vae)
         dtype = next(self.vae.parameters()).dtype
         z = latents / self.vae.config.scaling_factor
         pixels = self.vae.decode(z.to(dtype))

@@ -13,6 +13,7 @@ from ldm.guidance import asked, handed_over
 from ldm.image import latent_mask, to_mask, to_rgb, to_tensor
 from ldm.img2img import fill, fit, keep_outside, renoise_outside
 from ldm.noise import SeededNoise, drawn_each_step
+from ldm.offload import at_work
 from ldm.samplers import Brownian, Denoiser, Noise, Step, Steps, checkpointed, is_brownian
 from ldm.settings import LISTS, Settings, check_mask
 
@@ -134,6 +135,7 @@ def shown(
 
 def encode(pipe: "Pipeline", pixels: Tensor, noise: SeededNoise | None) -> Tensor:
     """pixels (1,3,H,W) -> their latents, drawn for each picture (B,4,h,w), or without noise the mean (1,4,h,w)."""
+    at_work(pipe, pipe.vae)
     mean, std = pipe.vae.encode(pixels.to(pipe.device, next(pipe.vae.parameters()).dtype))
     z = finite(mean, "encoder").float()
     if noise is not None and std.any():  # for TAESD, which is certain, nothing is drawn, as in diffusers

@@ -31,9 +31,9 @@ def picture(pipe):
 
 @pytest.fixture
 def calls(pipe):
-    """The number of rows of each batch that the UNet computes: one for each text."""
+    """The number of rows of each batch that the UNet is given."""
     rows = []
-    hook = pipe.unet.register_forward_hook(lambda net, inputs, out: rows.append(len(out)))
+    hook = pipe.unet.register_forward_pre_hook(lambda net, inputs: rows.append(len(inputs[0])))
     yield rows
     hook.remove()
 

@@ -9,7 +9,7 @@ from ldm.kernels import Linear, by_rows, geglu
 
 
 def for_each(context: Tensor, x: Tensor) -> Tensor:
-    """x (B,...) for each of the k texts that its rows share: (kB,...) of context (kB,n,width), rows B apart."""
+    """x (B,...) for context (B,n,width); or, where k texts share it, as often: (kB,...) for context (kB,n,width)."""
     return x if len(x) == len(context) else x.repeat(len(context) // len(x), *[1] * (x.ndim - 1))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.convolutions import Conv2d
-from ldm.kernels import channels_last, norm_silu
+from ldm.kernels import channels_last, norm_silu, on_cpu, watched
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
 from ldm.unet.transformer import SpatialTransformer, for_each
@@ -95,6 +95,15 @@ def transformers(c: UNetConfig, channels: int, depth: int, count: int) -> nn.Mod
     )
 
 
+def copies(x: Tensor) -> int:
+    """k if x (B,...) is the same rows k times, as guidance lays them out for two or three texts; else 1."""
+    for k in (3, 2):
+        first, *others = x.split(max(len(x) // k, 1))
+        if len(others) == k - 1 and all(torch.equal(first, other) for other in others):
+            return k
+    return 1
+
+
 class UNet(nn.Module):
     """`unet(x, t, context, vector=None)`: what the net makes of the noisy latents: epsilon or v, as it was trained."""
 
@@ -122,15 +131,14 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (B,in_channels,h,w) in the net's dtype, already scaled by 1/sqrt(1 + sigma^2); h and w may be any size.
 
-        t: timestep 0..999, fractions allowed, a number or (B,). context (B,n,context_width): the text; or (kB,...), k
-        texts for each x, B rows apart, of which all layers before the first look at the text are computed but once.
-        vector (B,vector_width), or (kB,...): SDXL's size conditioning. deep: features to start from instead of the deep
-        layers; has the new ones afterwards if it had none. Returns (B,out_channels,h,w), or (kB,...).
+        t: timestep 0..999, fractions allowed, a number or (B,). context (B,n,context_width): the text.
+        vector (B,vector_width): SDXL's size conditioning. deep: features to start from instead of the deep layers; has
+        the new ones afterwards if it had none. Returns (B,out_channels,h,w).
         """
         t = torch.as_tensor(t, device=x.device)
-        if t.ndim > 0 or vector is not None:  # from the time on, rows have not all in common
-            x, t = for_each(context, x), for_each(context, t.expand(len(x)))
-        t = t.expand(len(x) if len(x) == len(context) else 1)
+        if t.ndim == 0 and vector is None and on_cpu(x, context) and not any(map(watched, self.modules())):
+            x = x[: len(x) // copies(x)]  # rows that are the same until they look at their texts
+        t = t.expand(len(x)) if len(x) == len(context) else t.expand(1)
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B,4C) or (1,4C)
         if self.config.vector_width is not None:
             temb = temb + self.add_embedding(vector)
