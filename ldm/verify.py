@@ -144,14 +144,15 @@ def load(given: str, inputs: Path | None, read: Callable[[Path], Any]) -> Any:
 
 
 def array(given: Given, row: Row, pipe: Pipeline, inputs: Path | None) -> Tensor:
-    """(1,...) float32: of the batch only what `at` looks at, the rest has no say in it."""
+    """(1,...) in the dtype of the UNet: of the batch only what `at` looks at, the rest has no say in it."""
     if isinstance(given, str):
         values = load(given, inputs, np.load)
     else:
         values = np.random.RandomState(given["seed"]).standard_normal(given["shape"])
     if row.get("recorded") == "float16":
         values = values.astype(np.float16)
-    return torch.from_numpy(values[row["at"][0]].astype(np.float32))[None].to(pipe.device)
+    drawn = torch.from_numpy(values[row["at"][0]].astype(np.float32))[None]
+    return drawn.to(pipe.device, pipe.unet.conv_in.weight.dtype)
 
 
 def picture(given: Given, inputs: Path | None) -> Image.Image:

@@ -14,7 +14,7 @@ import ldm.attention
 import ldm.clip
 import ldm.unet
 import ldm.vae
-from ldm import checkpoint, kernels, parity
+from ldm import checkpoint, convolutions, kernels, parity
 from ldm.clip import text_encoder
 from ldm.parity.difference import laid_out, measure
 from ldm.unet import blocks, transformer
@@ -225,7 +225,7 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "the VAE enlarges smoothly": (
         ("vae", "decode"),
-        (vae_blocks, {'mode="nearest"': 'mode="bilinear"'}),
+        (convolutions, {'mode="nearest"': 'mode="bilinear"'}),
         "decoder.up_blocks.0.upsamplers.0",
         "enlarged by nearest; here decoder.up_blocks.0.resnets.1 enlarged by bilinear",
     ),
@@ -291,7 +291,7 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "skip connections joined the other way": (
         ("unet", None),
-        (unet_module, {"torch.cat([x, skips.pop()], dim=1)": "torch.cat([skips.pop(), x], dim=1)"}),
+        (unet_module, {"cat([x, for_each(context, skips.pop())]": "cat([for_each(context, skips.pop()), x]"}),
         "up_blocks.0",
         "its first 32 channels come last",
     ),

@@ -19,10 +19,10 @@ from synthetic import sparse
 import ldm
 import ldm.models
 from ldm.__main__ import main
-from ldm.pipeline import DEFAULT_MODEL
+from ldm.pipeline import DEFAULT_MODEL, Pipeline
 from ldm.samplers import ALIASES, SAMPLERS
 from ldm.settings import Settings
-from ldm.verify import HEADER, KINDS, REFERENCES, groups_for, matches, verify
+from ldm.verify import HEADER, KINDS, REFERENCES, groups_for, matches, run, verify
 
 GROUPS = {group["weights"]: group for group in json.loads(REFERENCES.read_text())["groups"]}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -64,7 +64,25 @@ def test_default_model(capsys):
     assert len(lines) == 12 and all(line.endswith(" pass") for line in lines[1:10])
     assert lines[10] == "emoji-64: 9 passed, 0 failed, 0 not run"
     assert lines[11] == "these weights give the outputs recorded from emoji-64"
-    assert {result.difference < 1e-5 for result in verify()} == {True}
+
+
+def test_the_nets_give_the_record_in_float64():
+    """Whatever the machine rounds to in float32."""
+    pipe = Pipeline.from_pretrained(device="cpu")
+    for net in (pipe.text_encoder, pipe.unet, pipe.vae):
+        net.double()
+    groups = json.loads(REFERENCES.read_text())["groups"]
+    [recorded] = [group["rows"] for group in groups if group["weights"] == "emoji-64"]
+    rows = [row for row in recorded if row["kind"] != "generate"]
+    assert len(rows) == 6
+    for row in rows:
+        size = max(map(abs, row["expected"]))  # of which six digits are recorded
+        assert run(pipe, "emoji-64", row, None).difference <= 5e-6 * size
+
+
+def test_whole_runs_give_the_record():
+    runs = [result for result in verify() if "steps" in result.case]
+    assert len(runs) == 3 and all(result.difference < 1e-5 for result in runs)
 
 
 def test_another_file_of_the_same_weights(tmp_path):

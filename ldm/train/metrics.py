@@ -55,7 +55,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
     a, b: pictures (n,64,64,3) uint8. The features are the concept judge's, not Inception's: figures compare to each
     other alone. 0: no difference; it may fall below, by chance.
     """
-    x, y = (batched(cell_features, pictures) for pictures in (a, b))
+    x, y = (batched(cell_features, pictures).astype(np.float64) for pictures in (a, b))  # for what cancels out
     scale = np.sqrt((y**2).mean())
 
     def kernel(p: np.ndarray, q: np.ndarray) -> np.ndarray:
