@@ -89,8 +89,8 @@ class Stages:
         converted = self.folder.with_name(dtype)
         alone(fresh.convert, self.folder, converted, dtype)
         yield from self.loading_of(converted, dtype, "load")
-        yield from self.loading_of(self.folder, dtype, "load float32 files")
         shutil.rmtree(converted)
+        yield from self.loading_of(self.folder, dtype, "load float32 files")
 
     def loading_of(self, folder: Path, dtype: str, title: str) -> Iterator[Row]:
         names = [THEIRS, OURS]

@@ -18,7 +18,7 @@ STRIP = 2**20  # of them are at work at a time
 
 
 def operator(name: str) -> Any:
-    """Of oneDNN, as torch.compile calls it; where PyTorch has none, as on ARM, nothing."""
+    """Of oneDNN, as torch.compile calls it; nothing where PyTorch comes without."""
     return getattr(torch.ops.mkldnn, name, None)
 
 
@@ -29,7 +29,7 @@ TRANSPOSED = operator("_convolution_transpose_pointwise")
 
 
 class Conv2d(nn.Conv2d):
-    """A plain one, without groups and dilation, padded with zeros."""
+    """PyTorch's own, by oneDNN on packed weights where it is a plain one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return conv2d(self, x) if plain(self) else super().forward(x)

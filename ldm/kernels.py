@@ -20,8 +20,7 @@ LARGE = 2**22  # multiplications; below that, calling oneDNN costs more than it 
 SCORES = 2**20  # of one head that stand in memory at a time: 4 MB, which stay in the cache
 ROWS = 1024  # of a feed-forward layer
 
-# Products by oneDNN of (x, weight, bias, ...), as torch.compile calls them. (Without oneDNN, as on ARM, PyTorch does
-# not have them.)
+# Products by oneDNN of (x, weight, bias, ...), as torch.compile calls them. (PyTorch without oneDNN has none.)
 PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -73,7 +72,7 @@ def onednn_is_faster() -> bool:
 @functools.cache
 def blocks_are_faster(dtype: torch.dtype) -> bool:
     """Than PyTorch's attention, in which products of few columns are slow on some processors."""
-    if PRODUCT is None:
+    if PRODUCT is None or (dtype == torch.bfloat16 and not has_bfloat16()):
         return False
     q, k = ones(1, 2, 1024, 40).to(dtype), ones(1, 2, 4096, 40).to(dtype)
     return faster(lambda: attention_in_blocks(q, k, k), lambda: F.scaled_dot_product_attention(q, k, k))

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ldm.checkpoint import listing
 from ldm.folder import accept, like, read_json
@@ -171,6 +172,7 @@ class Lora:
             if active and not all_finite(w):
                 raise ValueError(f"{self.path}, scale={self.scale}: a weight overflows {w.dtype}; use a smaller scale")
             weight.data = w
+            increment_version(weight)  # which `.data` leaves
 
 
 class State(NamedTuple):

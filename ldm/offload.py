@@ -14,7 +14,11 @@ def at_work(pipe: "Pipeline", net: nn.Module) -> None:
     if pipe.offloaded is None:
         return
     for other in (pipe.text_encoder, pipe.text_encoder_2, pipe.unet, pipe.vae):
-        if other is not None:
-            wanted = pipe.offloaded if other is net else torch.device("cpu")
-            if next(other.parameters()).device.type != wanted.type:
-                other.to(wanted)
+        if other is not None and other is not net and on(other).type == pipe.offloaded.type:
+            other.to("cpu")
+    if on(net).type != pipe.offloaded.type:
+        net.to(pipe.offloaded)
+
+
+def on(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device

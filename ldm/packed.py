@@ -22,16 +22,19 @@ class Packed(NamedTuple):
     tensor: Tensor
 
 
-KEPT = WeakTensorKeyDictionary()  # of each weight its Packed; copies of nets on the same parameters share it
+# Of each weight its Packed, as long as there is the weight; copies of nets on the same parameters share it.
+KEPT = WeakTensorKeyDictionary()
 
 
 def packed(weight: Tensor, purpose: tuple[object, ...], pack: Callable[[], Tensor]) -> Tensor:
     """pack(), which lays out `weight` for some purpose, or what it returned for that before.
 
     Other values of the weight are noticed by its version, as autograd does, by its place in memory and, since changes
-    of `weight.data` have no version, by its first row. (A change of other rows of `.data` alone goes unnoticed.)
+    of `weight.data` and fused optimizers make no version, by its first row. Whoever changes other rows alone in such a
+    way calls `torch.autograd.graph.increment_version`.
     """
-    state = (weight.data_ptr(), weight._version, *purpose)
+    version = None if weight.is_inference() else weight._version
+    state = (weight.data_ptr(), weight.dtype, version, *purpose)
     first = weight.detach()[0]
     kept = KEPT.get(weight)
     if kept is None or kept.state != state or not torch.equal(kept.first, first):

@@ -1,6 +1,7 @@
 """Nets come to the device one at a time. (No GPU is needed: who comes and goes is told by stand-ins.)"""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ NETS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 class Net:
+    there: ClassVar[set["Net"]] = set()  # on the device
+
     def __init__(self):
         self.device, self.moves = CPU, 0
 
@@ -22,7 +25,9 @@ class Net:
         yield SimpleNamespace(device=self.device)
 
     def to(self, device):
-        self.device, self.moves = device, self.moves + 1
+        self.device, self.moves = torch.device(device), self.moves + 1
+        (Net.there.add if self.device == CUDA else Net.there.discard)(self)
+        assert len(Net.there) <= 1
 
 
 def test_one_at_a_time():
@@ -31,8 +36,7 @@ def test_one_at_a_time():
     nets = [pipe.text_encoder, pipe.unet, pipe.unet, pipe.vae, pipe.text_encoder]
     for net in nets:
         at_work(pipe, net)
-        assert [other.device for other in (pipe.text_encoder, pipe.unet, pipe.vae)].count(CUDA) == 1
-        assert net.device == CUDA
+        assert {net} == Net.there
     assert [net.moves for net in (pipe.text_encoder, pipe.unet, pipe.vae)] == [3, 2, 2]
 
 

@@ -291,7 +291,7 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "skip connections joined the other way": (
         ("unet", None),
-        (unet_module, {"cat([x, for_each(context, skips.pop())]": "cat([for_each(context, skips.pop()), x]"}),
+        (unet_module, {"torch.cat([x, skips.pop()], dim=1)": "torch.cat([skips.pop(), x], dim=1)"}),
         "up_blocks.0",
         "its first 32 channels come last",
     ),

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -81,3 +82,4 @@ class Gradients:
     def step(self, optimizers: list[Optimizer]) -> None:
         each = self.pool.map if self.workers > 1 else map
         list(each(lambda optimizer: optimizer.step(), optimizers))
+        increment_version([*self.parameters.values()])  # which fused optimizers leave

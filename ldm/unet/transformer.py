@@ -8,11 +8,6 @@ from ldm.convolutions import Conv2d
 from ldm.kernels import Linear, by_rows, geglu
 
 
-def for_each(context: Tensor, x: Tensor) -> Tensor:
-    """x (B,...) for context (B,n,width); or, where k texts share it, as often: (kB,...) for context (kB,n,width)."""
-    return x if len(x) == len(context) else x.repeat(len(context) // len(x), *[1] * (x.ndim - 1))
-
-
 class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
@@ -57,7 +52,6 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attend(self.norm1(x))
-        x = for_each(context, x)  # what comes before has seen no text
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -89,4 +83,4 @@ class SpatialTransformer(nn.Module):
         h = rearrange(h, "b (h w) c -> b c h w", h=size[0])  # (B,C,h,w)
         if not self.linear:
             h = self.proj_out(h)
-        return for_each(context, x) + h
+        return x + h

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.convolutions import Conv2d
-from ldm.kernels import channels_last, norm_silu, on_cpu, watched
+from ldm.kernels import channels_last, norm_silu
 from ldm.unet.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.unet.config import UNetConfig
-from ldm.unet.transformer import SpatialTransformer, for_each
+from ldm.unet.transformer import SpatialTransformer
 
 
 @dataclass
@@ -78,7 +78,7 @@ class UpBlock(nn.Module):
         for i in range(0 if deep is None or deep.features is None else last, last + 1):
             if deep is not None and i == last:
                 x = deep.features = x if deep.features is None else deep.features
-            x = self.resnets[i](torch.cat([x, for_each(context, skips.pop())], dim=1), temb)
+            x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), temb)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for up in self.upsamplers:
@@ -93,15 +93,6 @@ def transformers(c: UNetConfig, channels: int, depth: int, count: int) -> nn.Mod
     return nn.ModuleList(
         SpatialTransformer(channels, c.context_width, heads, depth, linear, c.groups) for _ in range(count)
     )
-
-
-def copies(x: Tensor) -> int:
-    """k if x (B,...) is the same rows k times, as guidance lays them out for two or three texts; else 1."""
-    for k in (3, 2):
-        first, *others = x.split(max(len(x) // k, 1))
-        if len(others) == k - 1 and all(torch.equal(first, other) for other in others):
-            return k
-    return 1
 
 
 class UNet(nn.Module):
@@ -135,11 +126,8 @@ class UNet(nn.Module):
         vector (B,vector_width): SDXL's size conditioning. deep: features to start from instead of the deep layers; has
         the new ones afterwards if it had none. Returns (B,out_channels,h,w).
         """
-        t = torch.as_tensor(t, device=x.device)
-        if t.ndim == 0 and vector is None and on_cpu(x, context) and not any(map(watched, self.modules())):
-            x = x[: len(x) // copies(x)]  # rows that are the same until they look at their texts
-        t = t.expand(len(x)) if len(x) == len(context) else t.expand(1)
-        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B,4C) or (1,4C)
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B,4C)
         if self.config.vector_width is not None:
             temb = temb + self.add_embedding(vector)
 

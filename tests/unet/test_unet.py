@@ -118,33 +118,6 @@ TRAPS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("rows", "k"), [(2, 3), (1, 2), (3, 2)])
-def test_rows_that_differ_in_their_texts_alone(name, rows, k, monkeypatch):
-    """Are computed once until they look at them, and are what they are alone."""
-    c = CONFIGS[name]
-    net = randomise(unet.UNet(c))
-    x, context = torch.randn(rows, c.in_channels, 7, 9).repeat(k, 1, 1, 1), torch.randn(k * rows, 5, c.context_width)
-    vector = None if c.vector_width is None else torch.randn(k * rows, c.vector_width)
-    computed, conv = [], blocks.Conv2d.forward
-    monkeypatch.setattr(blocks.Conv2d, "forward", lambda self, x: (computed.append(len(x)), conv(self, x))[1])
-    with torch.no_grad():
-        shared = net(x, 481, context, vector)
-        assert min(computed) == (rows if vector is None else k * rows)
-        net.mid_block.register_forward_hook(lambda module, inputs, y: None)  # who looks at the net sees all rows
-        computed.clear()
-        plain = net(x, 481, context, vector)
-    assert set(computed) == {k * rows}
-    assert (shared - plain).abs().max() <= TOLERANCE * plain.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("rows", "k"), [("aa", 2), ("ab", 1), ("a", 1), ("aaa", 3), ("aab", 1), ("abab", 2), ("abba", 1), ("ababab", 3)]
-)
-def test_copies(rows, k):
-    assert unet_module.copies(torch.tensor([[float(ord(row))] for row in rows])) == k
-
-
 @pytest.mark.parametrize("trap", TRAPS)
 def test_parity_is_lost_when_a_number_is_changed(trap, monkeypatch):
     module, edits = TRAPS[trap]
