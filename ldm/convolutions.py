@@ -119,14 +119,12 @@ def norm_conv(
     rows = max(STRIP // (width * max(conv.in_channels, conv.out_channels)), 1)
     shape = (len(x), conv.out_channels, height, width)
     out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
-    zeros, ones = (torch.full([norm.num_channels], n, dtype=torch.float32, device="cpu") for n in (0, 1))
     for i, (factor, bias) in enumerate(zip(*affine(norm, x, rows), strict=True)):
         for top in range(0, height, rows):
             end = min(top + rows, height)
             above, below = max(top - 1, 0), min(end + 1, height)  # a 3x3 convolution sees a row more on either side
-            # As a batch norm of known statistics, which computes in float32, and takes and returns another dtype.
-            h = F.batch_norm(x[i : i + 1, :, above:below], zeros, ones, factor.flatten(), bias.flatten(), eps=0.0)
-            h = F.silu(h, inplace=True)
+            h = torch.addcmul(bias, x[i : i + 1, :, above:below].float(), factor)
+            h = F.silu(h, inplace=True).to(x.dtype)  # rounded but once
             if end - top + 2 > below - above:  # at the picture's edges
                 h = F.pad(h, (0, 0, int(above == top), int(below == end)))  # (1,C,rows + 2,w)
             h = conv2d(conv, h, (0, 1))
