@@ -2,21 +2,16 @@
 
 import copy
 import gc
-import mmap
 import pickle
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import randomise
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldm import convolutions, kernels, mapped, packed
+from ldm import convolutions, kernels, packed
 from ldm.attention import attention
 from ldm.seamless import seamless
 from ldm.unet.transformer import GEGLU, FeedForward
@@ -142,6 +137,15 @@ def test_changed_weights_are_packed_anew(change, calls):
     assert calls["packed"] == 2
 
 
+def test_another_size_is_packed_anew(calls):
+    """As its layout may be another; the number of rows of pixels alone does not count."""
+    layer = randomise(convolutions.Conv2d(128, 256, 3, padding=1))
+    for shape, packs in (((2, 16, 16), 1), ((2, 20, 16), 1), ((1, 16, 16), 2), ((1, 16, 24), 3)):
+        x = torch.randn(shape[0], 128, *shape[1:])
+        assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), torch.float32)
+        assert calls["packed"] == packs
+
+
 def test_packed_weights_are_shared_and_end_with_the_weight(calls):
     """Copies of a net on the same parameters, as those that wrap around, do not pack them again."""
     layer, x = convolutions.Conv2d(128, 256, 3, padding=1), torch.randn(2, 128, 16, 16)
@@ -165,57 +169,6 @@ def test_weights_under_inference_mode(calls):
         assert not torch.equal(layer(x), before) and calls["packed"] == 2
         layer.half().float()
     assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), torch.float32)
-
-
-def from_file(path, values):
-    """As weights are, that come from a file."""
-    save_file({"weight": values}, path)
-    return safe_open(path, "pt").get_tensor("weight")
-
-
-def resident(tensor):
-    """The share of its pages that are in memory."""
-    page = mmap.PAGESIZE
-    with Path("/proc/self/pagemap").open("rb") as pagemap:
-        pagemap.seek(8 * (tensor.data_ptr() // page))
-        pages = np.frombuffer(pagemap.read(8 * (tensor.nbytes // page)), dtype=np.uint64)
-    return float((pages >> np.uint64(63)).mean())
-
-
-@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="tells of Linux")
-def test_files_are_handed_back(tmp_path):
-    values = torch.randn(256, 256, 3, 3)
-    tensor = from_file(tmp_path / "weight.safetensors", values)
-    assert torch.equal(tensor, values) and resident(tensor) > 0.9
-    mapped.hand_back(tensor)
-    assert resident(tensor) < 0.1
-    assert torch.equal(tensor, values)
-    tensor[100] += 1  # a page that is no longer the file's: all of it must stay
-    mapped.hand_back(tensor)
-    assert resident(tensor) > 0.9
-    values[100] += 1
-    assert torch.equal(tensor, values)
-
-
-@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="tells of Linux")
-def test_packed_weights_of_files_are_handed_back(tmp_path):
-    layer = convolutions.Conv2d(256, 256, 3, padding=1)
-    layer.weight = nn.Parameter(from_file(tmp_path / "weight.safetensors", torch.randn(256, 256, 3, 3)))
-    assert layer.weight.isfinite().all() and resident(layer.weight) > 0.9
-    x = torch.randn(1, 256, 16, 16)
-    fast = layer(x)
-    assert resident(layer.weight) < 0.1
-    assert_close(fast, F.conv2d(x, layer.weight, layer.bias, padding=1), torch.float32)
-    mapped.hand_back_all(layer)
-    assert resident(layer.weight) < 0.1
-
-
-def test_memory_is_not_handed_back():
-    tensor = torch.randn(256, 256, 3, 3)
-    expected = tensor.clone()
-    for part in (tensor, tensor[1:], torch.randn(3), torch.empty(0)):
-        mapped.hand_back(part)
-    assert torch.equal(tensor, expected)
 
 
 def small():
@@ -302,6 +255,15 @@ def test_plain_without_onednn(monkeypatch):
     up, x = Upsample(256), torch.randn(1, 256, 16, 16)
     doubled = F.interpolate(x, scale_factor=2.0)
     assert torch.equal(up(x), F.conv2d(doubled, up.conv.weight, up.conv.bias, padding=1))
+
+
+def test_plain_attention_where_onednn_has_no_bfloat16(calls, monkeypatch):
+    monkeypatch.setattr(kernels, "blocks_are_faster", blocks_are_faster.__wrapped__)
+    monkeypatch.setattr(kernels, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "faster", lambda function, plain: True)
+    q, k, v = torch.randn(3, 1, 2, 1024, 40).bfloat16()
+    assert torch.equal(kernels.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert calls["calls"] == 0
 
 
 @pytest.mark.parametrize("seconds", [1, 3])

@@ -534,6 +534,20 @@ def test_removal_in_a_loop(pipe, files):
     assert_bitwise(pipe, before)
 
 
+def test_changes_have_versions(pipe, files):
+    """By which packed copies of a weight are known to be old."""
+    lora = pipe.load_lora(files[0])
+    changed = [*lora.changes]
+
+    def versions():
+        return [weight._version for weight in changed]
+
+    for change in (lambda: setattr(lora, "scale", 0.5), lambda: setattr(lora, "scale", 1), lora.remove):
+        before = versions()
+        change()
+        assert changed and all(new > old for old, new in zip(before, versions(), strict=True))
+
+
 def test_a_file_that_is_written_again(pipe, files, tmp_path):
     """As a training does: what is loaded stays what it was."""
     path = tmp_path / "last.safetensors"

@@ -7,8 +7,10 @@ from PIL import Image
 import ldm
 from ldm import together
 from ldm.__main__ import threads
+from ldm.convolutions import CONVOLUTION, TRANSPOSED, Conv2d
 from ldm.settings import Settings
 from ldm.together import Alone
+from ldm.vae.blocks import Upsample
 
 PICTURE = Image.radial_gradient("L").convert("RGB").resize((64, 64))
 CASES = {
@@ -56,6 +58,21 @@ def test_layouts_stay():
             both = net(y)
         assert all(torch.equal(both[i::3], each[i]) for i in range(3))
         assert y.ndim < 4 or both.stride() == net(y).stride()
+
+
+def test_packed_convolutions_are_tried():
+    """And are what they are alone, whether or not a batch is packed in another layout."""
+    conv, up, alone = Conv2d(128, 128, 3, padding=1), Upsample(128), Alone()
+    alone.count = 3
+    x = torch.randn(6, 128, 16, 16)
+    with torch.no_grad():
+        for net in (conv, up):
+            each = [net(x[i::3].clone()) for i in range(3)]
+            for _ in range(2):
+                with alone:
+                    both = net(x)
+                assert all(torch.equal(both[i::3], each[i]) for i in range(3))
+    assert [case[0] for case in alone.same] == [CONVOLUTION, TRANSPOSED]
 
 
 def same_pictures(pipe, own):

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ldm import save
 from ldm.save import whole_folder
 from ldm.train import loop, state
+from ldm.train.gradients import Gradients
 from ldm.train.loop import (
     adamw,
     batch_indices,
@@ -763,3 +764,14 @@ if __name__ == "__main__":
         print(kill_at_random(folder / "random", 6))
         for name in ("goes on", "dies"):
             print(in_a_child(partial(run_on_a_full_disk, folder / name, name == "dies"), err=folder / f"{name}.txt"))
+
+
+def test_steps_have_versions():
+    """By which packed copies of a weight are known to be old; fused optimizers leave them."""
+    net = nn.Linear(3, 1)
+    gradients = Gradients(net, dict(net.named_parameters()), accumulate=1, workers=1)
+    before = [p._version for p in net.parameters()]
+    net(torch.ones(1, 3)).sum().backward()
+    gradients.step([torch.optim.AdamW(net.parameters(), fused=True)])
+    gradients.close()
+    assert all(p._version > old for p, old in zip(net.parameters(), before, strict=True))
