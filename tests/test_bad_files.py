@@ -29,6 +29,7 @@ from ldm import checkpoint, models
 from ldm.checkpoint import TELLS_V, CheckpointError, load
 from ldm.convert import convert
 from ldm.models import CONTEXT, CONV_IN
+from ldm.source import all_finite
 
 MEMORY = 64e6  # bytes
 SECONDS = 20
@@ -383,6 +384,14 @@ def test_no_number_in_any_dtype(asked, stored, number, whole, tmp_path):
     value(number, dtype=stored)(whole, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=f"bad.safetensors: {KEY} has {NUMBERS}"):
         load(tmp_path / "bad.safetensors", dtype=asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_whose_sum_is_none(dtype):
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(large) and all_finite(-large) and all_finite(large[:0])
+    large[500], large[700] = float("inf"), float("-inf")
+    assert not all_finite(large) and not all_finite(large[:600])
 
 
 def test_numbers_beyond_the_dtype_asked_for(whole, tmp_path):
