@@ -753,6 +753,17 @@ class TestSchedule:
             batch_indices(3, 4, 0, 0)
 
 
+def test_steps_have_versions():
+    """By which packed copies of a weight are known to be old; fused optimizers leave them."""
+    net = nn.Linear(3, 1)
+    gradients = Gradients(net, dict(net.named_parameters()), accumulate=1, workers=1)
+    before = [p._version for p in net.parameters()]
+    net(torch.ones(1, 3)).sum().backward()
+    gradients.step([torch.optim.AdamW(net.parameters(), fused=True)])
+    gradients.close()
+    assert all(p._version > old for p, old in zip(net.parameters(), before, strict=True))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(2)
     folder = Path(sys.argv[1])
@@ -764,14 +775,3 @@ if __name__ == "__main__":
         print(kill_at_random(folder / "random", 6))
         for name in ("goes on", "dies"):
             print(in_a_child(partial(run_on_a_full_disk, folder / name, name == "dies"), err=folder / f"{name}.txt"))
-
-
-def test_steps_have_versions():
-    """By which packed copies of a weight are known to be old; fused optimizers leave them."""
-    net = nn.Linear(3, 1)
-    gradients = Gradients(net, dict(net.named_parameters()), accumulate=1, workers=1)
-    before = [p._version for p in net.parameters()]
-    net(torch.ones(1, 3)).sum().backward()
-    gradients.step([torch.optim.AdamW(net.parameters(), fused=True)])
-    gradients.close()
-    assert all(p._version > old for p, old in zip(net.parameters(), before, strict=True))
