@@ -30,8 +30,16 @@ def fits(x: Tensor, multiplications: int, *others: Tensor | None) -> bool:
         PRODUCT is not None
         and multiplications >= LARGE
         and on_cpu(x, *others)
-        and (onednn_is_faster() if x.dtype == torch.float32 else has_bfloat16())
+        and (has_avx() if x.dtype == torch.float32 else has_bfloat16())
     )
+
+
+@functools.cache
+def has_avx() -> bool:
+    """Whether oneDNN has float32 products of its own that are as fast as those of the library PyTorch takes, or, on
+    processors that this one does not know, twice as fast: from AVX2 on. Not measured: near 1 each process would find
+    something else, and the pictures of a list would depend on who makes them."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 @functools.cache
@@ -62,17 +70,9 @@ def numbers(x: Tensor) -> int:
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Than the library that PyTorch takes for products of float32 matrices, which on some processors uses half of what
-    they can do."""
-    x, weight = ones(512, 1024), ones(1024, 1024)
-    return faster(lambda: product(x, weight, None), lambda: F.linear(x, weight))
-
-
-@functools.cache
 def blocks_are_faster(dtype: torch.dtype) -> bool:
-    """Than PyTorch's attention, in which products of few columns are slow on some processors."""
-    if PRODUCT is None or (dtype == torch.bfloat16 and not has_bfloat16()):
+    """Than PyTorch's attention, in which products of few columns are slow on some processors; with AMX they are not."""
+    if PRODUCT is None or torch.cpu._is_amx_tile_supported() or (dtype == torch.bfloat16 and not has_bfloat16()):
         return False
     q, k = ones(1, 2, 1024, 40).to(dtype), ones(1, 2, 4096, 40).to(dtype)
     return faster(lambda: attention_in_blocks(q, k, k), lambda: F.scaled_dot_product_attention(q, k, k))
@@ -84,12 +84,13 @@ def ones(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def faster(function: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
-    """Clearly faster than the plain one: told by trying both, for some tenths of a second at most."""
+    """Clearly faster than the plain one: told by trying both, for some tenths of a second at most. In time of the
+    processor, which what else runs on the machine does not take."""
 
     def seconds(function: Callable[[], Tensor]) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     rounds = [(seconds(plain), seconds(function)) for _ in range(6)][1:]  # the first one warms up
     before, after = (min(column) for column in zip(*rounds, strict=True))

@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """How often oneDNN was called, and how often weights were packed. It counts as faster here, whatever this machine
-    says."""
+    has."""
     counts = {"calls": 0, "packed": 0}
 
     def counting(what, operator):
@@ -40,7 +40,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(convolutions, name, counting("calls", getattr(convolutions, name)))
     for name in ("PACK", "PACK_TRANSPOSED"):
         monkeypatch.setattr(convolutions, name, counting("packed", getattr(convolutions, name)))
-    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "has_avx", lambda: True)
     monkeypatch.setattr(kernels, "blocks_are_faster", lambda dtype: True)
     with torch.no_grad():
         yield counts
@@ -235,7 +235,7 @@ def test_plain(case, calls):
 
 
 def test_plain_where_onednn_is_not_faster(calls, monkeypatch):
-    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(kernels, "has_avx", lambda: False)
     monkeypatch.setattr(kernels, "blocks_are_faster", lambda dtype: False)
     kernels.Linear(256, 256)(torch.randn(2, 300, 256))
     GEGLU(128, 512)(torch.randn(2, 300, 128))
@@ -260,15 +260,37 @@ def test_plain_without_onednn(monkeypatch):
 def test_plain_attention_where_onednn_has_no_bfloat16(calls, monkeypatch):
     monkeypatch.setattr(kernels, "blocks_are_faster", blocks_are_faster.__wrapped__)
     monkeypatch.setattr(kernels, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(kernels, "faster", lambda function, plain: True)
     q, k, v = torch.randn(3, 1, 2, 1024, 40).bfloat16()
     assert torch.equal(kernels.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert calls["calls"] == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amx", [True, False])
+def test_attention_is_measured_without_amx_alone(amx, dtype, calls, monkeypatch):
+    """What is measured may come out otherwise in another process: only where it has to be."""
+    monkeypatch.setattr(kernels, "blocks_are_faster", blocks_are_faster.__wrapped__)
+    monkeypatch.setattr(kernels, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(kernels, "faster", lambda function, plain: True)
+    kernels.attention(*torch.randn(3, 1, 2, 1024, 40).to(dtype))
+    assert bool(calls["calls"]) != amx
+
+
+@pytest.mark.parametrize(("has", "avx"), [("AVX512", True), ("AVX2", True), ("DEFAULT", False), ("SVE256", False)])
+def test_products_by_what_the_processor_has(has, avx, monkeypatch):
+    """And not by a measurement, which two processes may make differently."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
+    monkeypatch.setattr(kernels.time, "process_time", lambda: pytest.fail("measured"))
+    assert kernels.has_avx.__wrapped__() is avx
+
+
 @pytest.mark.parametrize("seconds", [1, 3])
 def test_measuring(seconds, monkeypatch):
-    """By a clock that runs with the calls: 2 the plain one, 1 or 3 the other."""
+    """By a clock of the processor that runs with the calls: 2 the plain one, 1 or 3 the other."""
     now = 0.0
 
     def taking(seconds):
@@ -278,7 +300,7 @@ def test_measuring(seconds, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(kernels.time, "process_time", lambda: now)
     assert kernels.faster(taking(seconds), taking(2)) is (seconds == 1)
 
 
@@ -287,12 +309,13 @@ def test_what_is_measured(monkeypatch):
     pairs = []
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "faster", lambda function, plain: pairs.append((function(), plain())))
-    kernels.onednn_is_faster.__wrapped__()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(kernels, "has_bfloat16", lambda: True)
     for dtype in DTYPES:
         kernels.blocks_are_faster.__wrapped__(dtype)
     for fast, plain in pairs:
         assert_close(fast, plain.float(), fast.dtype)
-    assert len(pairs) == 3
+    assert len(pairs) == 2
 
 
 def test_hooks_of_the_projection_are_called():
