@@ -22,8 +22,9 @@ def operator(name: str) -> Any:
     return getattr(torch.ops.mkldnn, name, None)
 
 
-# Of (weight, padding, ...), and of (x, packed weight, bias, padding, ...).
+# Of (weight, padding, ...), of (x, packed weight, bias, padding, ...), and of (x, what to add, packed weight, ...).
 PACK, CONVOLUTION = operator("_reorder_convolution_weight"), operator("_convolution_pointwise")
+ADDED: Any = getattr(CONVOLUTION, "binary", None)
 PACK_TRANSPOSED = operator("_reorder_convolution_transpose_weight")
 TRANSPOSED = operator("_convolution_transpose_pointwise")
 
@@ -35,18 +36,26 @@ class Conv2d(nn.Conv2d):
         return conv2d(self, x) if plain(self) else super().forward(x)
 
 
-def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None) -> Tensor:
-    """conv(x), or with another padding, of a plain convolution, without its hooks."""
+def added(start: Tensor, conv: nn.Module, x: Tensor) -> Tensor:
+    """start + conv(x), both of one shape. oneDNN adds before it rounds, which shows in bfloat16."""
+    return conv2d(conv, x, start=start) if plain(conv) and not watched(conv) else start + conv(x)
+
+
+def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None, start: Tensor | None = None) -> Tensor:
+    """conv(x), or with another padding, or start + that, of a plain convolution, without its hooks."""
     sides = conv.padding if padding is None else padding
     assert isinstance(sides, tuple), "a plain one's"
     pixels = x.shape[2] * x.shape[3] // math.prod(conv.stride)
-    if not packs(x, pixels * conv.weight.numel(), conv.weight, conv.bias):
-        return F.conv2d(x, conv.weight, conv.bias, conv.stride, sides)
+    if not packs(x, pixels * conv.weight.numel(), conv.weight, conv.bias, start):
+        y = F.conv2d(x, conv.weight, conv.bias, conv.stride, sides)
+        return y if start is None else start + y
     how = list(sides), list(conv.stride), [1, 1], 1
     # For a number of rows it is hardly ever another layout; if so, oneDNN sees to it.
     purpose = (len(x), x.shape[3], sides)
     weight = packed(conv.weight, purpose, lambda: PACK(conv.weight, *how, list(x.shape)))
-    return CONVOLUTION(x, weight, conv.bias, *how, "none", [], "")
+    if start is None:
+        return CONVOLUTION(x, weight, conv.bias, *how, "none", [], "")
+    return ADDED(x, start, weight, conv.bias, *how, "add", 1.0, None, [], None)
 
 
 def packs(x: Tensor, multiplications: int, *others: Tensor | None) -> bool:
@@ -112,8 +121,8 @@ def norm_conv(
     and the end stays in the cache, and never is in memory as a whole.
     """
     if not (len(x) > 0 and numbers(x) >= LARGE_PICTURE and in_strips(norm, conv, skip, x, start)):
-        y = conv(norm_silu(norm, x))
-        return y if skip is None or start is None else skip(start) + y
+        h = norm_silu(norm, x)
+        return conv(h) if skip is None or start is None else added(skip(start), conv, h)
     assert isinstance(norm, nn.GroupNorm) and isinstance(conv, nn.Conv2d)
     height, width = x.shape[2:]
     rows = max(STRIP // (width * max(conv.in_channels, conv.out_channels)), 1)
@@ -127,12 +136,8 @@ def norm_conv(
             h = F.silu(h, inplace=True).to(x.dtype)  # rounded but once
             if end - top + 2 > below - above:  # at the picture's edges
                 h = F.pad(h, (0, 0, int(above == top), int(below == end)))  # (1,C,rows + 2,w)
-            h = conv2d(conv, h, (0, 1))
-            to = out[i : i + 1, :, top:end]
-            if skip is None or start is None:
-                to.copy_(h)
-            else:
-                torch.add(skip(start[i : i + 1, :, top:end]), h, out=to)
+            strip = None if skip is None or start is None else skip(start[i : i + 1, :, top:end])
+            out[i : i + 1, :, top:end] = conv2d(conv, h, (0, 1), strip)
     return out
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldm import kernels
-from ldm.convolutions import CONVOLUTION, TRANSPOSED
+from ldm.convolutions import ADDED, CONVOLUTION, TRANSPOSED
 
 # How many of the first arguments have the batch's rows. The rest of the nets goes row by row, whatever the batch.
 MIXING = dict.fromkeys((torch.conv2d, CONVOLUTION, TRANSPOSED, F.linear, kernels.PRODUCT, F.group_norm), 1)
+MIXING[ADDED] = 2
 
 
 class Alone(TorchFunctionMode):

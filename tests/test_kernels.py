@@ -36,7 +36,7 @@ def calls(monkeypatch):
         return call
 
     monkeypatch.setattr(kernels, "PRODUCT", counting("calls", kernels.PRODUCT))
-    for name in ("CONVOLUTION", "TRANSPOSED"):
+    for name in ("CONVOLUTION", "ADDED", "TRANSPOSED"):
         monkeypatch.setattr(convolutions, name, counting("calls", getattr(convolutions, name)))
     for name in ("PACK", "PACK_TRANSPOSED"):
         monkeypatch.setattr(convolutions, name, counting("packed", getattr(convolutions, name)))
@@ -100,6 +100,35 @@ def test_conv2d(dtype, size, layout, kind, calls):
     assert calls == {"calls": 2, "packed": 1}
     assert torch.equal(*fast)
     assert_close(fast[0], F.conv2d(x.float(), layer.weight.float(), layer.bias.float(), stride, padding), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["3x3", "1x1"])
+def test_added(dtype, layout, kind, calls):
+    """The sum is rounded once: what is left is half of a unit of the last place, and float32's own sums."""
+    kernel, stride, padding = CONVOLUTIONS[kind]
+    layer = randomise(convolutions.Conv2d(256, 320, kernel, stride, padding)).to(dtype)
+    x = torch.randn(3, 256, 16, 20).to(dtype).to(memory_format=layout)
+    start = torch.randn(3, 320, 16, 20).to(dtype).to(memory_format=layout)
+    before = start.clone()
+    fast = convolutions.added(start, layer, x)
+    assert calls == {"calls": 1, "packed": 1}
+    assert torch.equal(start, before)
+    exact = start.double() + F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
+    assert_close(fast, exact.float(), dtype)
+    ulp = torch.finfo(dtype).eps * 2 ** exact.abs().log2().floor()
+    if dtype == torch.bfloat16:
+        assert ((fast - exact).abs() <= 0.51 * ulp + 1e-5).all()
+        assert ((start + layer(x) - exact).abs() > 0.51 * ulp + 1e-5).any()
+
+
+def test_added_to_what_a_hook_changes(calls):
+    layer, start = randomise(convolutions.Conv2d(256, 320, 1)), torch.randn(1, 320, 16, 16)
+    x = torch.randn(1, 256, 16, 16)
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    assert torch.equal(convolutions.added(start, layer, x), start + layer(x))
+    assert calls["calls"] == 2
 
 
 def replaced(conv):
@@ -194,6 +223,11 @@ def small_convolution():
     return convolutions.Conv2d(16, 16, 3, padding=1)(torch.randn(1, 16, 16, 16))
 
 
+def small_convolution_added():
+    layer, x, start = convolutions.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 16)
+    assert torch.equal(convolutions.added(start, layer, x), start + F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
 def convolution_of_none():
     assert convolutions.Conv2d(256, 256, 3, padding=1)(torch.randn(0, 256, 16, 16)).shape == (0, 256, 16, 16)
 
@@ -224,7 +258,7 @@ def under_vmap():
     assert torch.allclose(torch.func.vmap(conv)(x)[1], F.conv2d(x[1], conv.weight, conv.bias, padding=1), atol=1e-5)
 
 
-CONVOLVED = [small_convolution, convolution_of_none, circular_convolution, grouped_convolution]
+CONVOLVED = [small_convolution, small_convolution_added, convolution_of_none, circular_convolution, grouped_convolution]
 CONVOLVED += [without_onednn, of_fake_tensors, under_vmap]
 
 
@@ -245,7 +279,7 @@ def test_plain_where_onednn_is_not_faster(calls, monkeypatch):
 
 def test_plain_without_onednn(monkeypatch):
     monkeypatch.setattr(kernels, "PRODUCT", None)
-    for name in ("CONVOLUTION", "TRANSPOSED", "PACK", "PACK_TRANSPOSED"):
+    for name in ("CONVOLUTION", "ADDED", "TRANSPOSED", "PACK", "PACK_TRANSPOSED"):
         monkeypatch.setattr(convolutions, name, None)
     monkeypatch.setattr(kernels, "blocks_are_faster", blocks_are_faster.__wrapped__)
     linear, x = kernels.Linear(256, 256), torch.randn(2, 300, 256)
@@ -449,7 +483,9 @@ def test_no_strips(case, tiny_strips):
     """Bit for bit the plain way where strips must not be."""
     norm, conv = randomise(nn.GroupNorm(8, 32)), randomise(nn.Conv2d(32, 32, 3, padding=1))
     norm, conv, x = case(norm, conv, torch.randn(2, 32, 12, 39))
-    assert torch.equal(convolutions.norm_conv(norm, conv, x, nn.Identity(), x), x + conv(F.silu(norm(x))))
+    assert torch.equal(
+        convolutions.norm_conv(norm, conv, x, nn.Identity(), x), convolutions.added(x, conv, F.silu(norm(x)))
+    )
     assert torch.equal(convolutions.norm_conv(norm, conv, x), conv(F.silu(norm(x))))
 
 

@@ -279,7 +279,7 @@ BROKEN = {  # part and method, what is rewritten, the culprit, the cause
     ),
     "no residual": (
         ("unet", None),
-        (blocks, {"return self.conv_shortcut(x) + h": "return h"}),
+        (blocks, {"added(self.conv_shortcut(x), self.conv2, ": "self.conv2("}),
         "down_blocks.0.resnets.0",
         "conv_in is added",
     ),

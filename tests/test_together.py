@@ -7,7 +7,7 @@ from PIL import Image
 import ldm
 from ldm import together
 from ldm.__main__ import threads
-from ldm.convolutions import CONVOLUTION, TRANSPOSED, Conv2d
+from ldm.convolutions import ADDED, CONVOLUTION, TRANSPOSED, Conv2d, added
 from ldm.settings import Settings
 from ldm.together import Alone
 from ldm.vae.blocks import Upsample
@@ -66,13 +66,13 @@ def test_packed_convolutions_are_tried():
     alone.count = 3
     x = torch.randn(6, 128, 16, 16)
     with torch.no_grad():
-        for net in (conv, up):
+        for net in (conv, up, lambda x: added(x + 1, conv, x)):
             each = [net(x[i::3].clone()) for i in range(3)]
             for _ in range(2):
                 with alone:
                     both = net(x)
                 assert all(torch.equal(both[i::3], each[i]) for i in range(3))
-    assert [case[0] for case in alone.same] == [CONVOLUTION, TRANSPOSED]
+    assert [case[0] for case in alone.same] == [CONVOLUTION, TRANSPOSED, ADDED]
 
 
 def same_pictures(pipe, own):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.convolutions import Conv2d, doubled
+from ldm.convolutions import Conv2d, added, doubled
 from ldm.kernels import norm_silu
 
 
@@ -58,8 +58,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x))  # (B,out,h,w)
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(norm_silu(self.norm2, h))
-        return self.conv_shortcut(x) + h
+        return added(self.conv_shortcut(x), self.conv2, norm_silu(self.norm2, h))
 
 
 class Downsample(nn.Module):

@@ -4,7 +4,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.attention import attention
-from ldm.convolutions import Conv2d
+from ldm.convolutions import Conv2d, added
 from ldm.kernels import Linear, by_rows, geglu
 
 
@@ -81,6 +81,4 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             h = self.proj_out(h)
         h = rearrange(h, "b (h w) c -> b c h w", h=size[0])  # (B,C,h,w)
-        if not self.linear:
-            h = self.proj_out(h)
-        return x + h
+        return x + h if self.linear else added(x, self.proj_out, h)
