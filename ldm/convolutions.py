@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ldm.kernels import LARGE, has_bfloat16, norm_silu, numbers, on_cpu, watched
 from ldm.packed import packed
+from ldm.winograd import transformed, winograd
 
 LARGE_PICTURE = 2**22  # numbers in a picture's activation: 16 MB, half of a usual cache
 STRIP = 2**20  # of them are at work at a time
+# Where a quarter of the multiplications saves time, and four times the memory for weights is worth it.
+WINOGRAD_WIDTH, WINOGRAD_CHANNELS = 64, 320**2  # of a picture; in times out
 
 
 def operator(name: str) -> Any:
@@ -49,6 +52,10 @@ def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None, s
     if not packs(x, pixels * conv.weight.numel(), conv.weight, conv.bias, start):
         y = F.conv2d(x, conv.weight, conv.bias, conv.stride, sides)
         return y if start is None else start + y
+    if by_winograd(conv, x):
+        weight = packed(conv.weight, ("winograd",), lambda: transformed(conv.weight))
+        y = winograd(x, weight, conv.bias, sides)
+        return y if start is None else y.add_(start)
     how = list(sides), list(conv.stride), [1, 1], 1
     # For a number of rows it is hardly ever another layout; if so, oneDNN sees to it.
     purpose = (len(x), x.shape[3], sides)
@@ -56,6 +63,16 @@ def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None, s
     if start is None:
         return CONVOLUTION(x, weight, conv.bias, *how, "none", [], "")
     return ADDED(x, start, weight, conv.bias, *how, "add", 1.0, None, [], None)
+
+
+def by_winograd(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether it is one of large pictures and many channels, where that is twice as fast as oneDNN."""
+    return (
+        x.dtype == torch.float32
+        and (conv.kernel_size, conv.stride) == ((3, 3), (1, 1))
+        and x.shape[3] >= WINOGRAD_WIDTH
+        and conv.in_channels * conv.out_channels >= WINOGRAD_CHANNELS
+    )
 
 
 def packs(x: Tensor, multiplications: int, *others: Tensor | None) -> bool:

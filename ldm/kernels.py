@@ -8,6 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ ROWS = 1024  # of a feed-forward layer
 
 # Products by oneDNN of (x, weight, bias, ...), as torch.compile calls them. (PyTorch without oneDNN has none.)
 PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+COMBINED: Any = getattr(PRODUCT, "binary", None)  # of (x, what to add or multiply by, weight, bias, which of the two)
 
 
 def fits(x: Tensor, multiplications: int, *others: Tensor | None) -> bool:
@@ -126,7 +128,7 @@ def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
     """a * gelu(b), [a, b] = proj(x), with the exact (erf) gelu (Shazeer 2020)."""
     if not watched(proj) and fits(x, numbers(x) * len(proj.weight), proj.weight, proj.bias):
         (weight_a, weight_b), (bias_a, bias_b) = proj.weight.chunk(2), proj.bias.chunk(2)
-        return product(x, weight_a, bias_a).mul_(product(x, weight_b, bias_b, "gelu"))
+        return COMBINED(x, product(x, weight_b, bias_b, "gelu"), weight_a, bias_a, "mul")
     a, b = proj(x).chunk(2, dim=-1)
     return a * F.gelu(b)
 

@@ -18,7 +18,7 @@ from ldm.convolutions import ADDED, CONVOLUTION, TRANSPOSED
 
 # How many of the first arguments have the batch's rows. The rest of the nets goes row by row, whatever the batch.
 MIXING = dict.fromkeys((torch.conv2d, CONVOLUTION, TRANSPOSED, F.linear, kernels.PRODUCT, F.group_norm), 1)
-MIXING[ADDED] = 2
+MIXING |= {ADDED: 2, kernels.COMBINED: 2}
 
 
 class Alone(TorchFunctionMode):

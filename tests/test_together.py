@@ -8,8 +8,10 @@ import ldm
 from ldm import together
 from ldm.__main__ import threads
 from ldm.convolutions import ADDED, CONVOLUTION, TRANSPOSED, Conv2d, added
+from ldm.kernels import COMBINED, PRODUCT
 from ldm.settings import Settings
 from ldm.together import Alone
+from ldm.unet.transformer import GEGLU
 from ldm.vae.blocks import Upsample
 
 PICTURE = Image.radial_gradient("L").convert("RGB").resize((64, 64))
@@ -73,6 +75,19 @@ def test_packed_convolutions_are_tried():
                     both = net(x)
                 assert all(torch.equal(both[i::3], each[i]) for i in range(3))
     assert [case[0] for case in alone.same] == [CONVOLUTION, TRANSPOSED, ADDED]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feed_forward_is_tried(dtype):
+    net, alone, x = GEGLU(320, 1280).to(dtype), Alone(), torch.randn(6, 64, 320).to(dtype)
+    alone.count = 3
+    with torch.no_grad():
+        each = [net(x[i::3].clone()) for i in range(3)]
+        for _ in range(2):
+            with alone:
+                both = net(x)
+            assert all(torch.equal(both[i::3], each[i]) for i in range(3))
+    assert [case[0] for case in alone.same] == [PRODUCT, COMBINED]
 
 
 def same_pictures(pipe, own):
