@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ldm.kernels import LARGE, has_bfloat16, norm_silu, numbers, on_cpu, watched
 from ldm.packed import packed
-from ldm.winograd import transformed, winograd
+from ldm.winograd import by_taps, transformed, winograd
 
 LARGE_PICTURE = 2**22  # numbers in a picture's activation: 16 MB, half of a usual cache
 STRIP = 2**20  # of them are at work at a time
-# Where a quarter of the multiplications saves time, and four times the memory for weights is worth it.
-WINOGRAD_WIDTH, WINOGRAD_CHANNELS = 64, 320**2  # of a picture; in times out
+WINOGRAD_WIDTH, WINOGRAD_CHANNELS = 64, 320**2  # of a picture; in times out: where fewer multiplications save time
 
 
 def operator(name: str) -> Any:
@@ -53,7 +52,8 @@ def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None, s
         y = F.conv2d(x, conv.weight, conv.bias, conv.stride, sides)
         return y if start is None else start + y
     if by_winograd(conv, x):
-        weight = packed(conv.weight, ("winograd",), lambda: transformed(conv.weight))
+        taps = packed(conv.weight, ("winograd",), lambda: by_taps(conv.weight))
+        weight = packed(taps, (), lambda: transformed(taps), keep=False)
         y = winograd(x, weight, conv.bias, sides)
         return y if start is None else y.add_(start)
     how = list(sides), list(conv.stride), [1, 1], 1
@@ -66,7 +66,7 @@ def conv2d(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int] | None = None, s
 
 
 def by_winograd(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether it is one of large pictures and many channels, where that is twice as fast as oneDNN."""
+    """Whether it is one of large pictures and many channels, where that is up to twice as fast as oneDNN."""
     return (
         x.dtype == torch.float32
         and (conv.kernel_size, conv.stride) == ((3, 3), (1, 1))

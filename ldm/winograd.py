@@ -22,10 +22,15 @@ G = (
 )
 
 
-def transformed(weight: Tensor) -> Tensor:
-    """G g G^T of weight (D,C,3,3) -> (36,C,D), column by column as the tiles are."""
-    g = torch.tensor(G, dtype=torch.float64)
-    return torch.einsum("jx,iy,dcyx->jicd", g, g, weight.double()).flatten(0, 1).to(weight.dtype)
+def by_taps(weight: Tensor) -> Tensor:
+    """weight (D,C,3,3) -> (9,C,D), column by column as the tiles are."""
+    return weight.permute(3, 2, 1, 0).flatten(0, 1)
+
+
+def transformed(taps: Tensor) -> Tensor:
+    """G g G^T of taps (9,C,D) -> (36,C,D). It takes a millisecond, and four times their memory."""
+    g = torch.tensor(G, dtype=taps.dtype)
+    return (torch.kron(g, g) @ taps.flatten(1)).view(36, *taps.shape[1:])
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:

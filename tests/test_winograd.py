@@ -1,15 +1,17 @@
 """Convolutions with a quarter of the multiplications: the formula in float64, its rounding, and where it is taken."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import randomise
 from torch import nn
 
-from ldm import convolutions, winograd
+from ldm import convolutions, packed, winograd
 from ldm.convolutions import Conv2d, added, norm_conv
 from ldm.unet.blocks import ResnetBlock
-from ldm.winograd import transformed
+from ldm.winograd import by_taps, transformed
 
 SIZES = [(4, 4), (16, 64), (9, 67), (3, 5), (30, 6)]
 
@@ -45,7 +47,7 @@ def test_formula(size, padding, bias, block, monkeypatch):
     x = torch.randn(2, 5, *size, dtype=torch.float64)
     weight, b = torch.randn(7, 5, 3, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64) if bias else None
     for layout in (torch.contiguous_format, torch.channels_last):
-        y = winograd.winograd(x.to(memory_format=layout), transformed(weight), b, padding)
+        y = winograd.winograd(x.to(memory_format=layout), transformed(by_taps(weight)), b, padding)
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y, F.conv2d(x, weight, b, padding=padding), rtol=0, atol=1e-12)
 
@@ -133,8 +135,34 @@ def test_by_default_where_the_nets_are_wide():
     assert not (is_taken(320, 320, 32) or is_taken(1280, 1280, 32) or is_taken(256, 256, 256) or is_taken(4, 320, 64))
 
 
+@pytest.fixture
+def laid_out(monkeypatch):
+    """Of which weights."""
+    shapes = []
+
+    def counting(taps):
+        shapes.append(tuple(taps.shape))
+        return transformed(taps)
+
+    monkeypatch.setattr(convolutions, "transformed", counting)
+    return shapes
+
+
+def test_large_weights_are_kept_for_one_layer_at_a_time(taken, laid_out):
+    a, b = (Conv2d(64, out, 3, padding=1) for out in (32, 64))
+    x, before = torch.randn(1, 64, 12, 16), sum(kept.tensor.numel() for kept in packed.KEPT.values())
+    for conv in (a, a, b, b, a):
+        conv(x)
+    assert laid_out == [(9, 64, 32), (9, 64, 64), (9, 64, 32)]
+    assert [kept.tensor.shape for kept in packed.LAST.values()] == [(36, 64, 32)]
+    assert sum(kept.tensor.numel() for kept in packed.KEPT.values()) == before + 9 * 64 * (32 + 64)
+    del a, conv
+    gc.collect()
+    assert not packed.LAST
+
+
 @pytest.mark.parametrize("height", [16, 23])
-def test_in_strips(height, taken, monkeypatch):
+def test_in_strips(height, taken, laid_out, monkeypatch):
     monkeypatch.setattr(convolutions, "LARGE_PICTURE", 1000)
     monkeypatch.setattr(convolutions, "STRIP", 8 * 20 * 48)
     norm, conv = randomise(nn.GroupNorm(8, 48)), randomise(Conv2d(48, 32, 3, padding=1))
@@ -142,6 +170,7 @@ def test_in_strips(height, taken, monkeypatch):
     plain = F.conv2d(F.silu(norm(x)), conv.weight, conv.bias, padding=1) + skip(x)
     torch.testing.assert_close(norm_conv(norm, conv, x, skip, x), plain, rtol=0, atol=3e-5 * plain.abs().max())
     assert len(taken) == 2 * len(range(0, height, 8))
+    assert len(laid_out) == 1
 
 
 def test_in_a_block_of_the_unet(taken):
